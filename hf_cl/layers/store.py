@@ -1,0 +1,95 @@
+"""One masked layer's shared state: the value store V, who owns which entry, and the composed weight.
+
+Pure tensors, no PEFT: the tuner's layer holds one of these, and asks it to compose a task.
+
+Invariants: V changes at a commit alone; the composed weight holds one task at a time and equals
+`A + M * V` bit for bit however it was reached.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_cl.errors import BaseModelError
+from hf_cl.masks.compose import clear_entries, start_store, write_entries
+from hf_cl.ownership.owner import all_free
+
+DENSE_FROM = 0.125
+"""Share of kept entries from which one pass over the whole weight beats writing entries one by one."""
+
+
+class MaskStore(nn.Module):
+    """V, the owner map and the composed weight of one linear; derived, never saved with an adapter."""
+
+    def __init__(self, weight: Tensor, *, compose: str, seed: int, path: str, scale: float) -> None:
+        super().__init__()
+        self.compose, self.seed, self.path, self.scale = compose, seed, path, scale
+        self.values: Tensor
+        self.owner: Tensor
+        self.weight: Tensor
+        self.register_buffer("values", start_store(compose, weight, seed, path, scale), persistent=False)
+        self.register_buffer("owner", all_free(tuple(weight.shape), weight.device), persistent=False)
+        self.register_buffer("weight", self._empty(weight), persistent=False)
+        self._written: Tensor | None = None
+
+    @property
+    def delta(self) -> bool:
+        """Whether A is the pretrained weight (`delta`) rather than 0."""
+        return self.compose == "delta"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskStore":
+        """Follow the model to another device; refuse another dtype, which would round what tasks own."""
+        if fn(self.values[:1]).dtype != torch.float32:
+            raise BaseModelError(
+                f"{self.path}: the values that tasks own are float32 and a cast would change finished tasks. "
+                f"Load the base in the wanted dtype instead, as in from_pretrained(..., dtype=torch.bfloat16)."
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _empty(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone() if self.delta else torch.zeros_like(weight)
+
+    def show(self, weight: Tensor, mask: Tensor) -> None:
+        """Make the composed weight `A + mask * V`.
+
+        Args:
+            weight: The base's weight.
+            mask: bool, of the weight's shape.
+        """
+        flat = mask.view(-1)
+        kept = int(flat.count_nonzero())
+        if kept > DENSE_FROM * flat.numel():
+            full = weight.float() + self.values if self.delta else self.values
+            rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
+            self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))
+            self._written = flat
+            return
+        self.clear(weight)
+        where = flat.nonzero().squeeze(1)
+        write_entries(self.weight, weight, self.values, where, delta=self.delta)
+        self._written = where
+
+    def clear(self, weight: Tensor) -> None:
+        """Make the composed weight A again."""
+        if self._written is not None and self._written.dtype == torch.bool:
+            self.weight.copy_(self._empty(weight))
+        elif self._written is not None:
+            clear_entries(self.weight, weight, self._written, delta=self.delta)
+        self._written = None
+
+    def write(self, base: Tensor, where: Tensor, values: Tensor) -> None:
+        """Set composed entries to `base + values` while a task's own values train; V itself stays.
+
+        Args:
+            base: float32, A at `where`.
+            where: Flat positions, all of them in the shown mask.
+            values: float32, one number a position.
+        """
+        self.weight.view(-1)[where] = (base + values).to(self.weight.dtype)
+
+    def base_at(self, weight: Tensor, where: Tensor) -> Tensor:
+        """Return A at flat positions, float32."""
+        if self.delta:
+            return weight.view(-1)[where].float()
+        return torch.zeros(where.shape[0], device=weight.device)

@@ -1,0 +1,98 @@
+"""Heads a task for models without masks: the base's head layers replaced by `TaskLayer`s."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_cl.errors import RunError
+from hf_cl.layers.base import Base
+from hf_cl.layers.heads import TaskLayer, follow_labels, task_copy, task_generator
+
+
+class TaskHeads:
+    """One head a task on a plain model; tasks are known by their numbers."""
+
+    def __init__(self, base: Base, seed: int) -> None:
+        """Replace the base's head layers in place."""
+        self.model, self.seed, self.names = base.model, seed, base.head
+        self.labels: dict[int, tuple[str, ...]] = {}
+        self.layers: dict[str, TaskLayer] = {}
+        for name in self.names:
+            layer = TaskLayer(self.model.get_submodule(name))
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer)
+            self.layers[name] = layer
+
+    def add(self, index: int, labels: tuple[str, ...]) -> None:
+        """Add task number `index` with a fresh head and make it active and trainable."""
+        std = float(getattr(self.model.config, "initializer_range", 0.02))
+        for name, layer in self.layers.items():
+            rows = len(labels) if name == self.names[-1] else layer.base_layer.out_features
+            made = task_copy(
+                layer.base_layer,
+                out_features=int(rows),  # type: ignore[arg-type]
+                std=std,
+                generator=task_generator(self.seed, index, name),
+            )
+            layer.add(_key(index), made)
+        self.labels[index] = labels
+        self.show(index)
+
+    def remove(self, index: int) -> None:
+        """Forget a task's head."""
+        for layer in self.layers.values():
+            if _key(index) in layer.copies:
+                del layer.copies[_key(index)]
+            layer.active = None
+        self.labels.pop(index, None)
+
+    def show(self, index: int) -> None:
+        """Make a task's head and labels the active ones."""
+        for layer in self.layers.values():
+            layer.active = _key(index)
+        follow_labels(self.model, self.labels[index])
+
+    def freeze(self, index: int) -> None:
+        """Freeze a finished task's head."""
+        for layer in self.layers.values():
+            layer.copies[_key(index)].requires_grad_(False)
+
+    def thaw(self, index: int) -> None:
+        """Make a task's head trainable (PEFT freezes all it does not know)."""
+        for layer in self.layers.values():
+            layer.copies[_key(index)].requires_grad_(True)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return a task's head by layer and parameter name."""
+        return {
+            f"{name}.{key}": tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.copies[_key(index)].state_dict().items()
+        }
+
+    def load(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill an added task's head from stored tensors.
+
+        Raises:
+            RunError: They are not that head's.
+        """
+        load_exactly(self.tensors(index), tensors, f"task {index}: its head")
+        self.freeze(index)
+
+
+def load_exactly(held: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Copy tensors into those of the same names and shapes.
+
+    Raises:
+        RunError: A name or a shape differs.
+    """
+    if set(held) != set(given) or any(held[name].shape != given[name].shape for name in held):
+        raise RunError(f"{what} holds {', '.join(sorted(given)[:4])} ...; expected {', '.join(sorted(held)[:4])} ....")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(given[name])
+
+
+def _key(index: int) -> str:
+    return f"task{index}"

@@ -1,0 +1,253 @@
+"""`ContinualLearner`: learn one task after another on one base, and keep every earlier one as it was."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_cl import plugins
+from hf_cl.data import Task, collator, tokenise
+from hf_cl.errors import ConfigError, DataError, RunError
+from hf_cl.layers.base import Base, base_fingerprint, load_base
+from hf_cl.layers.targets import find_head
+from hf_cl.metrics import AccuracyMatrix
+from hf_cl.proof import probe_digest
+from hf_cl.storage.run_folder import RunFolder
+from hf_cl.training.evaluation import ComputeMetrics, evaluate
+from hf_cl.training.masked import MaskedMethod
+from hf_cl.training.method import Method, Packed
+from hf_cl.training.train_task import train_task
+from hf_cl.tuner import MaskConfig
+
+MASK_SHARE = 0.67
+"""Share of a task's steps that train its mask, where a bare `MaskConfig` trains values too."""
+
+
+class ContinualLearner:
+    """Learns a stream of text-classification tasks on one pretrained encoder.
+
+    Example:
+        >>> from hf_cl import ContinualLearner, MaskConfig
+        >>> # learner = ContinualLearner("sentence-transformers/all-MiniLM-L6-v2")
+        >>> # learner.learn(task); learner.evaluate(); learner.save_pretrained("my-run")
+    """
+
+    def __init__(
+        self,
+        base: "str | nn.Module | Base",
+        tokenizer: Any = None,
+        config: Any = None,
+        training_args: TrainingArguments | None = None,
+        *,
+        max_length: int = 128,
+        compute_metrics: ComputeMetrics | None = None,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ) -> None:
+        """Choose base, way to learn, and training arguments.
+
+        Args:
+            base: Hub id or folder, a loaded sequence classifier (with its `tokenizer`), or a `Base`.
+            tokenizer: The tokenizer of a loaded model.
+            config: A `MaskConfig`, or the `Options` of any method, as in `exssnet.Options(density=.02)`.
+                None is `MaskConfig()`: SupSup with the defaults.
+            training_args: As for any Trainer; each task trains with these.
+            max_length: Tokens a text (or a pair) is cut to.
+            compute_metrics: Your own metrics; accuracy and macro-F1 are always there.
+            callbacks: Your own callbacks, added to every task's Trainer.
+
+        Raises:
+            ConfigError: A loaded model without a tokenizer, or a config of no method.
+            BaseModelError: The base cannot be loaded.
+        """
+        self.base = _as_base(base, tokenizer)
+        self.args = training_args or TrainingArguments(output_dir="trainer_output", save_strategy="no", report_to=[])
+        self.fingerprint = base_fingerprint(self.base.model, self.base.head)
+        self.method_name, self.options, self.method = _as_method(self.base, config, int(self.args.seed))
+        self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
+        self.records: list[dict[str, Any]] = []
+        self._tests: list[Any] = []
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks learned, in order."""
+        return [record["name"] for record in self.records]
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """Test accuracy of every task after every task, from the records."""
+        names = self.tasks
+        rows = [[record["metrics"].get(name, {}).get("accuracy") for name in names] for record in self.records]
+        return AccuracyMatrix.from_list(names, rows)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; `activate(name)` chooses the task it answers."""
+        return self.method.model
+
+    def learn(self, task: Task) -> dict[str, Any]:
+        """Learn a task, commit it, and evaluate every task seen so far.
+
+        Args:
+            task: From `load_task` or `task_from_datasets`.
+
+        Returns:
+            The task's record: facts, digests by part, metrics of all tasks seen.
+
+        Raises:
+            DataError: A task of that name was learned already.
+            TrainingError: The task's training failed; earlier tasks are untouched.
+        """
+        if task.name in self.tasks:
+            raise DataError(
+                f"task {task.name!r} was learned already, as number {self.tasks.index(task.name)}. Rename it."
+            )
+        rows = tokenise(task, self.base.tokenizer, self.max_length)
+        index = len(self.records)
+        training = train_task(
+            self.method,
+            index,
+            task.labels,
+            rows,
+            collator(self.base.tokenizer),
+            self.args,
+            self.compute_metrics,
+            self.callbacks,
+        )
+        self._tests.append(rows["test"])
+        self.records.append({"name": task.name})
+        metrics = self.evaluate()
+        self.method.activate(index)
+        self.records[index] = {
+            "name": task.name,
+            "labels": list(task.labels),
+            "source": task.source,
+            "facts": self.method.facts(index),
+            "parts": self.method.parts(index),
+            "probe": probe_digest(self.method.model),
+            "metrics": metrics,
+            "seconds": round(training.seconds, 3),
+            "steps": training.steps,
+        }
+        return self.records[index]
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Return fresh test metrics of every task learned, by task name."""
+        found = {}
+        for index, name in enumerate(self.tasks):
+            self.activate(name)
+            found[name] = evaluate(
+                self.method.model,
+                self._test_rows(index),
+                collator(self.base.tokenizer),
+                self.args,
+                self.compute_metrics,
+            )
+        return found
+
+    def _test_rows(self, index: int) -> Any:
+        rows = self._tests[index]
+        if rows is None:
+            raise DataError(f"task {self.tasks[index]!r} was restored without its rows. Give them with `remember`.")
+        return rows
+
+    def activate(self, name: str) -> None:
+        """Make a learned task the one that `model` answers.
+
+        Raises:
+            ConfigError: No such task.
+        """
+        if name not in self.tasks:
+            raise ConfigError(f"task {name!r} was not learned; learned are {', '.join(self.tasks) or 'none'}.")
+        self.method.activate(self.tasks.index(name))
+
+    def remember(self, task: Task) -> None:
+        """Give a restored task's rows back, so that it can be evaluated."""
+        rows: DatasetDict = tokenise(task, self.base.tokenizer, self.max_length)
+        self._tests[self.tasks.index(task.name)] = rows["test"]
+
+    def restore(self, folder: RunFolder) -> None:
+        """Take over the finished tasks of a run folder.
+
+        Raises:
+            RunError: A file is missing or not what the manifest says.
+        """
+        for index, record in enumerate(folder.tasks):
+            self.method.restore(index, tuple(record["labels"]), Packed(**folder.parts(index)))
+            self.records.append({key: value for key, value in record.items() if key != "files"})
+            self._tests.append(None)
+        if folder.manifest["shared"]:
+            self.method.restore_shared(folder.read(folder.manifest["shared"]))
+
+    def header(self) -> dict[str, Any]:
+        """Return what a run folder says of this learner besides its tasks."""
+        return {
+            "model": self.base.name,
+            "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint,
+            "method": {"name": self.method_name, "options": self.options},
+            "seed": int(self.args.seed),
+            "max_length": self.max_length,
+        }
+
+    def add_to(self, folder: RunFolder) -> None:
+        """Write the newest task into a run folder, whole or not at all."""
+        index = len(folder.tasks)
+        files = {}
+        for changed in self.method.rewritten(index):
+            packed = self.method.pack(changed)
+            files[changed] = {"task": packed.task, "head": packed.head}
+        if index == 0:
+            folder.update(settled=dict(self.method.settled()))
+        folder.add_task(self.records[index], files, self.method.shared())
+
+    def save_pretrained(self, path: "str | Path", *, overwrite: bool = False) -> Path:
+        """Write all that was learned as a run folder that `hf-cl verify`, `eval` and `inspect` read.
+
+        Args:
+            path: A folder that does not exist or is empty.
+            overwrite: Replace a run folder that is there.
+
+        Raises:
+            RunError: Nothing was learned yet, or something is there already.
+        """
+        if not self.records:
+            raise RunError("nothing was learned yet. Call `learn(task)` first.")
+        folder = RunFolder.create(Path(path), self.header(), overwrite=overwrite)
+        for _ in self.records:
+            self.add_to(folder)
+        return Path(path)
+
+
+def _as_base(base: "str | nn.Module | Base", tokenizer: Any) -> Base:
+    if isinstance(base, Base):
+        return base
+    if isinstance(base, str):
+        return load_base(base)
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer: a loaded {type(base).__name__} needs its tokenizer. Pass it, or pass a Hub id.")
+    name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
+    return Base(base, tokenizer, Path(name).name if Path(name).is_dir() else name, tuple(find_head(base, None, ())))
+
+
+def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any], Method]:
+    """Return the method's name, its options as plain values, and the method itself."""
+    config = MaskConfig(seed=seed) if config is None else config
+    if isinstance(config, MaskConfig):
+        if config.head_modules or config.missing_modules:
+            named = config.head_modules
+            head = tuple(find_head(base.model, named, config.missing_modules or ()))
+            base = Base(base.model, base.tokenizer, base.name, head)
+        share = 1.0 if config.trains == "nothing" else MASK_SHARE
+        plain = {key: value for key, value in config.to_dict().items() if value is not None}
+        return "mask_config", plain, MaskedMethod(base, config, mask_share=share, rates={"scores": 0.01})
+    module = type(config).__module__
+    name = module.rpartition(".")[2]
+    if not is_dataclass(config) or module != f"hf_cl.methods.{name}":
+        raise ConfigError(f"config: expected a MaskConfig or a method's Options, found {type(config).__name__}.")
+    method: Method = plugins.load("methods", name).build(base, config, seed)
+    options: Mapping[str, Any] = asdict(config)  # type: ignore[call-overload]
+    return name, dict(options), method

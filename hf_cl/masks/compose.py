@@ -1,0 +1,112 @@
+"""The one formula: `W = A + M * V`, and the straight-through gradients of what trains.
+
+    compose   A    V at the start
+    delta     W0   random sign x scale * std(W0)
+    prune     0    W0
+    random    0    random sign x scale * sqrt(2 / fan_in)
+
+Only a share of the entries differs from A, so W lives in a buffer of its own and each change writes
+just those entries. The buffer changes between steps, never between a forward and its backward: torch's
+version check on saved tensors turns a violation into an error.
+
+Source: SupSup, arXiv 2006.14769 (scores, straight-through); ExSSNeT, arXiv 2210.10209 (values on the mask).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from hf_cl.masks.signs import sign_tensor
+
+COMPOSES = ("delta", "prune", "random")
+
+
+def layer_scale(compose: str, weight: Tensor, scale: float) -> float:
+    """Return the magnitude of a layer's start values, a float32 number; `prune` has none and returns 1.
+
+    Args:
+        compose: `delta`, `prune` or `random`.
+        weight: The pretrained weight (out, in), any float dtype.
+        scale: In units of the weight's standard deviation (`delta`) or of sqrt(2 / fan_in) (`random`).
+    """
+    if compose == "delta":
+        return float((weight.double().std(correction=0) * scale).float())
+    if compose == "random":
+        return float(torch.tensor(scale * math.sqrt(2 / weight.shape[1])))
+    return 1.0
+
+
+def start_store(compose: str, weight: Tensor, seed: int, path: str, scale: float) -> Tensor:
+    """Return V as it is before any task: float32, of the weight's shape and device.
+
+    Args:
+        compose: `delta`, `prune` or `random`.
+        weight: The pretrained weight.
+        seed: Seed of the signs.
+        path: The layer's name for the signs, see `masks.signs`.
+        scale: The layer's stored magnitude, from `layer_scale`.
+    """
+    if compose == "prune":
+        return weight.detach().float().clone()
+    return sign_tensor(seed, path, tuple(weight.shape)).mul_(scale).to(weight.device)
+
+
+def write_entries(out: Tensor, weight: Tensor, store: Tensor, where: Tensor, *, delta: bool) -> None:
+    """Write `A + V` into `out` at flat positions `where`; arithmetic in float32, rounded once to `out`'s dtype."""
+    values = store.view(-1)[where]
+    if delta:
+        values = weight.view(-1)[where].float() + values
+    out.view(-1)[where] = values.to(out.dtype)
+
+
+def clear_entries(out: Tensor, weight: Tensor, where: Tensor, *, delta: bool) -> None:
+    """Write `A` back into `out` at flat positions `where`."""
+    out.view(-1)[where] = weight.view(-1)[where] if delta else torch.zeros((), dtype=out.dtype, device=out.device)
+
+
+class TrainedWeight(torch.autograd.Function):
+    """Hand the composed weight to the linear, and its gradient to what trains in this phase.
+
+    Mask phase: dL/dscore = dL/dW * V, times sign(score) where the magnitude ranks; the count's threshold
+    is passed straight through. Weight phase: dL/dvalue is dL/dW at the value's position.
+    The phase that is off gets no gradient at all rather than a zero one: it never enters the clipping
+    norm, and an optimizer does not step on None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        scores: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        store: Tensor,
+        where: Tensor | None,
+        magnitude: bool,
+    ) -> Tensor:
+        """Return `weight`, (out, in) in the base's dtype; `where` (int64, flat) is None in the mask phase."""
+        context: Any = ctx
+        context.magnitude, context.in_mask_phase, context.size = magnitude, where is None, values.shape[0]
+        saved = (store, scores) if where is None else (where,)
+        context.save_for_backward(*saved)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return gradients for (scores, values); the other inputs are no parameters."""
+        context: Any = ctx
+        grad = grads[0]
+        if context.in_mask_phase:
+            store, scores = context.saved_tensors
+            # The linear made this gradient for us alone; a second tensor of the weight's size would cost
+            # more than the product.
+            grad = grad.float().mul_(store) if grad.dtype == store.dtype else grad.float() * store
+            if context.magnitude:
+                grad.mul_(scores.sign())
+            return grad, None, None, None, None, None
+        (where,) = context.saved_tensors
+        picked = torch.zeros(context.size, dtype=torch.float32, device=grad.device)
+        picked[: where.shape[0]] = grad.reshape(-1)[where].float()
+        return None, picked, None, None, None, None

@@ -1,0 +1,1 @@
+"""One file a method: its options, and `build`, which wraps a base to learn a stream that way."""

@@ -1,0 +1,59 @@
+"""ExSSNeT: find a mask, claim its free entries, then train the values of just those.
+
+A later task may use what earlier tasks own (that is the transfer) and can never change it. The start is
+KKT, unless `start: fresh`. A mask without a free entry is pure reuse: the weight phase trains the head alone.
+
+Source: ExSSNeT, arXiv 2210.10209 (masks, exclusive training, KKT); on pretrained linears the form is ours.
+"""
+
+from dataclasses import dataclass
+
+from hf_cl.config import option
+from hf_cl.layers.base import Base
+from hf_cl.masks.compose import COMPOSES
+from hf_cl.training.kkt_start import KKT
+from hf_cl.training.masked import MaskedMethod
+from hf_cl.training.method import Settled
+from hf_cl.tuner import MaskConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `exssnet`."""
+
+    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.")
+    compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
+    scale: float = option(1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.")
+    rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
+    mask_share: float = option(0.67, help="Share of a task's steps that train the mask; the rest train values.")
+    claim: str = option("intersect", help="Free part of the mask, or the whole budget from free entries.",
+                        choices=("intersect", "free_topk"))  # fmt: skip
+    start: str = option("kkt", help="Where scores begin.", choices=("kkt", "fresh"))
+    kkt_k: int = option(10, help="Neighbours that vote in KKT.")
+    kkt_sample: int = option(512, help="Training texts that KKT looks at.")
+    kkt_margin: float = option(5.0, help="Head start of a source's entries, in steps of the scores' learning rate.")
+    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.")
+    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.")
+    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    values_dtype: str = option("bfloat16", help="What values are rounded to.", choices=("bfloat16", "float32"))
+    train_norms: bool = option(False, help="Give every task its own copies of the norms.")
+
+
+def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
+    """Wrap a base to learn a stream with ExSSNeT."""
+    config = MaskConfig(
+        density=options.density,
+        compose=options.compose,
+        scale=options.scale,
+        rank=options.rank,
+        trains="claimed",
+        free_topk=options.claim == "free_topk",
+        values_dtype=options.values_dtype,
+        train_norms=options.train_norms,
+        seed=seed,
+    )
+    kkt = KKT(options.kkt_k, options.kkt_sample, options.kkt_margin, {}) if options.start == "kkt" else None
+    rates = {"scores": options.scores_learning_rate, "values": options.values_learning_rate}
+    if options.head_learning_rate is not None:
+        rates["head"] = options.head_learning_rate
+    return MaskedMethod(base, config, settled=settled, mask_share=options.mask_share, rates=rates, kkt=kkt)

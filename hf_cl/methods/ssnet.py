@@ -1,0 +1,46 @@
+"""SSNet, the negative control: as ExSSNeT, but trains its whole mask, whoever owns the entries.
+
+Where masks overlap, earlier tasks change: this method forgets, and a test that cannot see it forget is
+broken. Its results are reported as measured; it never writes a bank.
+
+Source: ExSSNeT, arXiv 2210.10209 (SSNeT is its ablation).
+"""
+
+from dataclasses import dataclass
+
+from hf_cl.config import option
+from hf_cl.layers.base import Base
+from hf_cl.masks.compose import COMPOSES
+from hf_cl.training.masked import MaskedMethod
+from hf_cl.training.method import Settled
+from hf_cl.tuner import MaskConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `ssnet`."""
+
+    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.")
+    compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
+    scale: float = option(1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.")
+    rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
+    mask_share: float = option(0.67, help="Share of a task's steps that train the mask; the rest train values.")
+    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.")
+    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.")
+    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+
+
+def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
+    """Wrap a base to learn a stream with SSNet."""
+    config = MaskConfig(
+        density=options.density,
+        compose=options.compose,
+        scale=options.scale,
+        rank=options.rank,
+        trains="mask",
+        seed=seed,
+    )
+    rates = {"scores": options.scores_learning_rate, "values": options.values_learning_rate}
+    if options.head_learning_rate is not None:
+        rates["head"] = options.head_learning_rate
+    return MaskedMethod(base, config, settled=settled, mask_share=options.mask_share, rates=rates)

@@ -1,0 +1,45 @@
+"""SupSup: a mask a task over values nobody trains; the task costs its mask and its head.
+
+With `delta` the values are random signs of one magnitude a layer, a function of the seed. The task claims
+the free entries of its mask like every other, so a bank may mix methods.
+
+Source: SupSup, arXiv 2006.14769 (task identity given).
+"""
+
+from dataclasses import dataclass
+
+from hf_cl.config import option
+from hf_cl.layers.base import Base
+from hf_cl.masks.compose import COMPOSES
+from hf_cl.training.masked import MaskedMethod
+from hf_cl.training.method import Settled
+from hf_cl.tuner import MaskConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `supsup`."""
+
+    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.")
+    compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
+    scale: float = option(1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.")
+    rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
+    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.")
+    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    train_norms: bool = option(False, help="Give every task its own copies of the norms.")
+
+
+def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
+    """Wrap a base to learn a stream with SupSup."""
+    config = MaskConfig(
+        density=options.density,
+        compose=options.compose,
+        scale=options.scale,
+        rank=options.rank,
+        train_norms=options.train_norms,
+        seed=seed,
+    )
+    rates = {"scores": options.scores_learning_rate}
+    if options.head_learning_rate is not None:
+        rates["head"] = options.head_learning_rate
+    return MaskedMethod(base, config, settled=settled, rates=rates)

@@ -1,0 +1,1 @@
+"""Who owns an entry, and the digests that prove nobody moved it. torch only."""

@@ -1,0 +1,29 @@
+"""Probe logits: a task's answer to fixed pseudo-texts, as one digest.
+
+Digests of tensors say that nothing a forward reads has moved; the probe says that the forward, too, gives
+the same bits. The texts are seeded token ids, so no user's text is ever stored. Bit equality of logits is
+promised on one machine alone: kernels of another round differently.
+"""
+
+import torch
+from torch import nn
+
+from hf_cl.ownership.digest import digest
+
+TEXTS, TOKENS = 8, 16
+
+
+def probe_digest(model: nn.Module) -> str:
+    """Return the sha256 of the active task's float32 logits on 8 pseudo-texts of 16 tokens, in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (TEXTS, TOKENS), generator=generator)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+            logits = model(**inputs).logits.float()
+    finally:
+        model.train(was_training)
+    return digest([("logits", logits)])

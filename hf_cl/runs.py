@@ -1,0 +1,134 @@
+"""Opening a run folder again: restore its model, and verify that nothing of a finished task has moved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_cl import plugins
+from hf_cl.config import read
+from hf_cl.errors import BaseModelError, RunError
+from hf_cl.layers.base import Base, base_fingerprint, load_base
+from hf_cl.ownership.digest import digest
+from hf_cl.proof import probe_digest
+from hf_cl.storage.run_folder import RunFolder
+from hf_cl.training.masked import MaskedMethod
+from hf_cl.training.method import Method, Packed
+from hf_cl.tuner import MaskConfig
+
+
+@dataclass
+class Verdict:
+    """What `verify` found.
+
+    Attributes:
+        tasks: A record a task: name, digest at commit and now, which parts moved, whether the probe agrees.
+        files: Files whose content is not what the manifest says.
+    """
+
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every task's digests are those taken at its commit."""
+        return not self.files and all(not task["moved"] for task in self.tasks)
+
+    @property
+    def same_logits(self) -> bool:
+        """Whether every task's probe logits are bit for bit those at its commit (one machine)."""
+        return all(task["same_logits"] for task in self.tasks)
+
+
+def task_digest(parts: Mapping[str, str]) -> str:
+    """Return one digest for all parts a task's forward reads."""
+    return digest((), *(f"{part}={parts[part]}" for part in sorted(parts)))
+
+
+def build_method(manifest: Mapping[str, Any], base: Base) -> Method:
+    """Return the run's method on a base, with nothing learned yet.
+
+    Raises:
+        BaseModelError: The base is another than the one the run was learned on.
+    """
+    fingerprint = base_fingerprint(base.model, base.head)
+    if fingerprint != manifest["fingerprint"]:
+        raise BaseModelError(
+            f"base {base.name!r}: its fingerprint is {fingerprint[:16]}, the run was learned on {manifest['model']!r} "
+            f"with {manifest['fingerprint'][:16]}. Give that model, in the same revision and dtype."
+        )
+    name, options = manifest["method"]["name"], manifest["method"]["options"]
+    settled = manifest.get("settled")
+    if name == "mask_config":
+        return MaskedMethod(base, MaskConfig(**options), settled=settled)
+    module = plugins.load("methods", name)
+    method: Method = module.build(base, read(module.Options, options, "run.method"), manifest["seed"], settled)
+    return method
+
+
+def open_run(path: Path, base: Base | None = None) -> tuple[RunFolder, Base, Method]:
+    """Restore a run's model from its files.
+
+    Args:
+        path: The run folder.
+        base: The base; None loads the one the run names.
+
+    Raises:
+        RunError: A file is missing or not what the manifest says.
+        BaseModelError: The base is another than the run's.
+    """
+    folder = RunFolder.open(path)
+    base = base or _load(folder)
+    method = build_method(folder.manifest, base)
+    for index, task in enumerate(folder.tasks):
+        method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index)))
+    if folder.manifest["shared"]:
+        method.restore_shared(folder.read(folder.manifest["shared"]))
+    return folder, base, method
+
+
+def _load(folder: RunFolder) -> Base:
+    head = (folder.manifest.get("settled") or {}).get("head_modules")
+    return load_base(folder.manifest["model"], dtype=folder.manifest.get("dtype", "float32"), head=head)
+
+
+def verify(path: Path, base: Base | None = None) -> Verdict:
+    """Compute every finished task's digests from the saved files, and compare them with those at its commit.
+
+    Args:
+        path: The run folder.
+        base: The base; None loads the one the run names.
+
+    Raises:
+        RunError: There is no run, or a file is missing altogether.
+        BaseModelError: The base is another than the run's.
+    """
+    folder = RunFolder.open(path)
+    base = base or _load(folder)
+    method = build_method(folder.manifest, base)
+    verdict = Verdict(files=folder.changed_files())
+    unreadable: dict[int, str] = {}
+    for index, task in enumerate(folder.tasks):
+        try:
+            method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index, trust=True)))
+        except RunError as error:
+            unreadable[index] = str(error)
+            break
+    if folder.manifest["shared"]:
+        method.restore_shared(folder.read(folder.manifest["shared"], trust=True))
+    for index, task in enumerate(folder.tasks):
+        if unreadable and index >= min(unreadable):
+            why = unreadable.get(index, "an earlier task cannot be read")
+            found: dict[str, Any] = {"after": None, "moved": [why], "same_logits": False}
+        else:
+            found = _compare(method, index, task)
+        verdict.tasks.append({"name": task["name"], "before": task_digest(task["parts"]), **found})
+    return verdict
+
+
+def _compare(method: Method, index: int, task: Mapping[str, Any]) -> dict[str, Any]:
+    method.activate(index)
+    parts = method.parts(index)
+    moved = sorted(part for part in {*parts, *task["parts"]} if parts.get(part) != task["parts"].get(part))
+    same = probe_digest(method.model) == task["probe"]
+    return {"after": task_digest(parts), "moved": moved, "same_logits": same}

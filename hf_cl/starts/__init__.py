@@ -1,0 +1,1 @@
+"""Where a new task's scores begin."""

@@ -1,0 +1,238 @@
+"""The run folder: what a stream leaves on disk.
+
+    RUN/run.json                      what was learned so far; renamed into place last
+    RUN/tasks/0003.task-<sha>.safetensors   coded masks and the values the task owns
+    RUN/tasks/0003.head-<sha>.safetensors   its head and norms
+    RUN/shared/<sha>.safetensors      what all tasks share, where a method has such
+    RUN/results.json, accuracy.png    after the last task
+
+Invariant: `run.json` names files by number and content, never by a task's name, and is replaced by one
+rename after the files are on disk. So a finished task is in the folder whole or not at all, whenever the
+process ends. Files that `run.json` does not name are leftovers and go with the next save.
+
+Source: shared-nothing atomic replacement, rename(2) and fsync(2).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from hf_cl.errors import RunError
+
+FORMAT = 1
+MANIFEST = "run.json"
+RESULTS = "results.json"
+FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
+
+
+class RunFolder:
+    """A run folder that is open for adding tasks, or for reading."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Hold a folder and its manifest; use `create` or `open`."""
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> "RunFolder":
+        """Make a new run folder.
+
+        Args:
+            path: Where; it must not exist, or be empty.
+            header: What is known before the first task, JSON values.
+            overwrite: Remove a run folder that is there. Anything that is no run folder is refused still.
+
+        Raises:
+            RunError: Something is there already.
+        """
+        cls.require_place(path, overwrite=overwrite)
+        if path.exists():
+            shutil.rmtree(path)
+        for name in ("tasks", "shared"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        folder = cls(path, {"format": FORMAT, **header, "tasks": [], "shared": None})
+        folder._write_manifest()
+        return folder
+
+    @staticmethod
+    def require_place(path: Path, *, overwrite: bool = False) -> None:
+        """Refuse a place that is taken, before any work is done.
+
+        Raises:
+            RunError: It holds a run and `overwrite` is not given, or it holds something else.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not (path / MANIFEST).is_file():
+            raise RunError(f"{path}: exists and is no run folder. Choose another --output-dir.")
+        if not overwrite:
+            raise RunError(f"{path}: holds a run already. Add --resume to go on with it, or --overwrite.")
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run folder.
+
+        Raises:
+            RunError: There is no readable manifest of a known format.
+        """
+        file = path / MANIFEST
+        if not file.is_file():
+            raise RunError(
+                f"{path}: no {MANIFEST} here, so this is no run folder. Give the folder `hf-cl train` wrote."
+            )
+        try:
+            manifest = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise RunError(f"{file}: is no JSON ({error}). Restore it from a copy, or run again.") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+            raise RunError(f"{file}: format {found!r}, this version reads {FORMAT}. Use the version that wrote it.")
+        return cls(path, manifest)
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """The finished tasks' records, in order."""
+        tasks: list[dict[str, Any]] = self.manifest["tasks"]
+        return tasks
+
+    def add_task(
+        self,
+        record: Mapping[str, Any],
+        files: Mapping[int, Mapping[str, Mapping[str, Tensor]]],
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add the next finished task: write its files, then rename the manifest.
+
+        Args:
+            record: What is recorded of the task, JSON values.
+            files: For each task whose tensors changed: part name -> tensors. Holds the new task's number.
+            shared: What all tasks share, if anything.
+
+        Raises:
+            RunError: The disk has no room for it; the folder stays as it was.
+        """
+        tasks = [dict(task) for task in self.tasks] + [{**record, "files": {}}]
+        blobs: dict[str, bytes] = {}
+        for index, parts in files.items():
+            tasks[index]["files"] = {}
+            for part, tensors in parts.items():
+                if tensors:
+                    entry = _blob(blobs, f"tasks/{index:04d}.{part}", tensors)
+                    tasks[index]["files"][part] = entry
+        manifest = {**self.manifest, "tasks": tasks}
+        if shared:
+            manifest["shared"] = _blob(blobs, "shared/all", shared)
+        self._require_room(sum(map(len, blobs.values())))
+        for name, data in blobs.items():
+            write_atomic(self.path / name, data)
+        self.manifest = manifest
+        self._write_manifest()
+        self._sweep()
+
+    def update(self, **values: Any) -> None:
+        """Set fields of the manifest and write it."""
+        self.manifest = {**self.manifest, **values}
+        self._write_manifest()
+
+    def read(self, entry: Mapping[str, Any] | None, *, trust: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of one file entry of the manifest; an absent entry has none.
+
+        Args:
+            entry: `{"file", "sha256", "bytes"}`.
+            trust: Read on although the sha256 differs (`verify` says which tensor moved).
+
+        Raises:
+            RunError: The file is missing, unreadable, or not what the manifest says.
+        """
+        if entry is None:
+            return {}
+        if not FILE.fullmatch(str(entry["file"])):
+            raise RunError(f"{self.path / MANIFEST}: {entry['file']!r} is no file name of a run folder.")
+        file = self.path / entry["file"]
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise RunError(f"{file}: cannot be read ({error}). Restore it from a copy, or run again.") from error
+        if not trust and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise RunError(f"{file}: its content is not what {MANIFEST} says. Restore it from a copy, or run again.")
+        try:
+            # Cloned: the reader's views are not aligned, and kernels then round differently.
+            return {name: tensor.clone() for name, tensor in load_tensors(data).items()}
+        except SafetensorError as error:
+            raise RunError(f"{file}: is no safetensors file ({error}). Restore it from a copy.") from error
+
+    def parts(self, index: int, *, trust: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Return a task's tensors by part; see `read`."""
+        files = self.tasks[index]["files"]
+        return {part: self.read(files.get(part), trust=trust) for part in ("task", "head")}
+
+    def changed_files(self) -> list[str]:
+        """Return the files whose content is not what the manifest says."""
+        entries = [entry for task in self.tasks for entry in task["files"].values()]
+        entries += [self.manifest["shared"]] if self.manifest["shared"] else []
+        return [entry["file"] for entry in entries if not self._holds(entry)]
+
+    def _holds(self, entry: Mapping[str, Any]) -> bool:
+        file = self.path / str(entry["file"])
+        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
+
+    def _write_manifest(self) -> None:
+        write_atomic(self.path / MANIFEST, json_bytes(self.manifest))
+
+    def _require_room(self, size: int) -> None:
+        free = shutil.disk_usage(self.path).free
+        if free < 2 * size:
+            raise RunError(
+                f"{self.path}: saving needs {2 * size:,} bytes, {free:,} are free. Make room, then --resume."
+            )
+
+    def _sweep(self) -> None:
+        named = {entry["file"] for task in self.tasks for entry in task["files"].values()}
+        named |= {self.manifest["shared"]["file"]} if self.manifest["shared"] else set()
+        for name in ("tasks", "shared"):
+            for file in (self.path / name).iterdir():
+                if f"{name}/{file.name}" not in named:
+                    file.unlink()
+
+
+def _blob(blobs: dict[str, bytes], stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    data = save_tensors({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
+    sha = hashlib.sha256(data).hexdigest()
+    name = f"{stem}-{sha[:12]}.safetensors"
+    blobs[name] = data
+    return {"file": name, "sha256": sha, "bytes": len(data)}
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a JSON value as indented UTF-8 with a last newline; NaN is refused."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

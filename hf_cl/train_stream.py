@@ -1,0 +1,189 @@
+"""The whole way as one function: tasks -> tokens -> masked model -> ownership -> run folder -> results."""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from hf_cl import plugins
+from hf_cl.config import read
+from hf_cl.data import TaskSpec, load_task, read_stream
+from hf_cl.errors import ConfigError, RunError
+from hf_cl.from_recipe import build_learner
+from hf_cl.learner import ContinualLearner
+from hf_cl.recipe import Checked, data_dir
+from hf_cl.results import results
+from hf_cl.storage.run_folder import RESULTS, RunFolder, json_bytes, write_atomic
+from hf_cl.training.evaluation import ComputeMetrics
+from hf_cl.tuning import Progress, tune
+
+logger = logging.getLogger(__name__)
+
+
+def run_stream(
+    recipe: Checked,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    compute_metrics: ComputeMetrics | None = None,
+    progress: Progress = logger.info,
+) -> dict[str, Any]:
+    """Learn a recipe's stream into a run folder and return the content of its `results.json`.
+
+    Args:
+        recipe: A checked recipe.
+        output_dir: The run folder.
+        resume: Go on after the last finished task of a run that is there.
+        overwrite: Replace a run that is there.
+        compute_metrics: Your own metrics, recorded beside ours.
+        progress: Told a line after each thing that takes long.
+
+    Raises:
+        HfClError: Bad input, before any training; or a task's training failed, with earlier tasks kept.
+    """
+    began = time.perf_counter()
+    specs = read_stream(recipe.stream, data_dir=data_dir(), root=recipe.root)
+    tasks = [load_task(spec, recipe.root) for spec in specs]
+    folder = _existing(output_dir, recipe, specs) if resume else None
+    if folder is not None and (output_dir / RESULTS).is_file():
+        progress(f"{output_dir} is finished: {len(specs)} tasks. Nothing to do.")
+        done: dict[str, Any] = json.loads((output_dir / RESULTS).read_text("utf-8"))
+        return done
+    if folder is None:
+        RunFolder.require_place(output_dir, overwrite=overwrite)
+    tuning = folder.manifest["tuning"] if folder is not None else None
+    if recipe.tuning and folder is None:
+        recipe, tuning = tune(recipe, tasks, output_dir, progress)
+    elif folder is not None:
+        recipe = _chosen(recipe, folder)
+    learner = build_learner(recipe, output_dir, compute_metrics)
+    if folder is None:
+        folder = RunFolder.create(output_dir, _header(recipe, specs, learner, tuning), overwrite=overwrite)
+    else:
+        _require_base(folder, learner)
+        learner.restore(folder)
+        for task in tasks[: len(folder.tasks)]:
+            learner.remember(task)
+    tuned = time.perf_counter()
+    for task in tasks[len(folder.tasks) :]:
+        record = learner.learn(task)
+        learner.add_to(folder)
+        progress(_line(len(folder.tasks), len(tasks), record))
+    return _finish(folder, learner, tuning, {"tuning": tuned - began}, began)
+
+
+def _finish(
+    folder: RunFolder,
+    learner: ContinualLearner,
+    tuning: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    began: float,
+) -> dict[str, Any]:
+    verdict = verify_in_fresh_process(folder.path)
+    trained = sum(record["seconds"] for record in learner.records)
+    spent = {**seconds, "training": trained, "total": time.perf_counter() - began}
+    spent = {name: round(value, 1) for name, value in spent.items()}
+    spent["by_task"] = {record["name"]: record["seconds"] for record in learner.records}  # type: ignore[assignment]
+    found = results(folder.manifest, learner.matrix, verdict, spent, tuning)
+    _plot(folder, learner)
+    write_atomic(folder.path / RESULTS, json_bytes(found))
+    return found
+
+
+def _plot(folder: RunFolder, learner: ContinualLearner) -> None:
+    """Draw the matrix where matplotlib is installed; without it the figures are in `results.json` all the same."""
+    from hf_cl.plots import accuracy_heatmap
+
+    title = f"{folder.manifest['stream']}, {learner.method_name}"
+    with contextlib.suppress(ConfigError):
+        accuracy_heatmap(learner.matrix, folder.path / "accuracy.png", title)
+
+
+def verify_in_fresh_process(path: Path) -> dict[str, Any]:
+    """Return what `hf-cl verify --json` says of a run folder in a process that knows only its files.
+
+    Raises:
+        RunError: The process gave no verdict.
+    """
+    command = [sys.executable, "-m", "hf_cl", "verify", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    try:
+        verdict: dict[str, Any] = json.loads(done.stdout)
+        verdict["tasks"], verdict["exact"], verdict["same_logits"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path}: verifying in a fresh process failed: {done.stderr.strip()[-800:]}") from error
+    return verdict
+
+
+def _header(
+    recipe: Checked, specs: Sequence[TaskSpec], learner: ContinualLearner, tuning: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        **learner.header(),
+        "model": recipe.model.name,
+        "stream": stream_name(recipe.stream),
+        "stream_tasks": [spec.name for spec in specs],
+        "training": recipe.training,
+        "tuning": tuning,
+    }
+
+
+def stream_name(stream: Any) -> str:
+    """Return a stream's name, `custom` where the recipe lists its tasks."""
+    if isinstance(stream, str):
+        return stream
+    return str(stream.get("name", "custom")) if isinstance(stream, Mapping) else "custom"
+
+
+def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFolder | None:
+    """Return the run to go on with, None where there is none yet.
+
+    Raises:
+        RunError: It is another run than the recipe's.
+    """
+    if not path.exists():
+        return None
+    folder = RunFolder.open(path)
+    ours = {
+        "model": recipe.model.name,
+        "stream_tasks": [spec.name for spec in specs],
+        "training": recipe.training,
+        "max_length": recipe.max_length,
+    }
+    theirs = folder.manifest
+    different = [name for name, value in ours.items() if not recipe.tuning and theirs.get(name) != value]
+    if theirs["method"]["name"] != recipe.method:
+        different.append("method")
+    elif not recipe.tuning and theirs["method"]["options"] != asdict(recipe.options):
+        different.append("method options")
+    if different:
+        raise RunError(
+            f"{path}: is a run with another {', '.join(different)}. Resume it with the recipe it was started with, or "
+            f"choose another --output-dir."
+        )
+    return folder
+
+
+def _chosen(recipe: Checked, folder: RunFolder) -> Checked:
+    """Return the recipe with the options a resumed run was tuned to."""
+    module = plugins.load("methods", recipe.method)
+    options = read(module.Options, folder.manifest["method"]["options"], "run.method")
+    return replace(recipe, options=options, training=folder.manifest["training"])
+
+
+def _require_base(folder: RunFolder, learner: ContinualLearner) -> None:
+    if learner.fingerprint != folder.manifest["fingerprint"]:
+        raise RunError(f"{folder.path}: was learned on another {folder.manifest['model']}. Use the same revision.")
+
+
+def _line(done: int, of: int, record: Mapping[str, Any]) -> str:
+    own = record["metrics"][record["name"]]
+    return f"[{done}/{of}] {record['name']}: accuracy {own['accuracy']:.4f}, {record['seconds']:.0f} s"

@@ -1,0 +1,1 @@
+"""Training one task: parameter groups, the ownership callback, evaluation."""

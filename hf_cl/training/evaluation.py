@@ -1,0 +1,55 @@
+"""Evaluating a task: every cell of the accuracy matrix is a fresh pass over the task's rows."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from hf_cl.metrics import accuracy, macro_f1
+
+ComputeMetrics = Callable[[EvalPrediction], dict[str, Any]]
+
+
+def with_ours(own: ComputeMetrics | None) -> ComputeMetrics:
+    """Return a `compute_metrics` that gives accuracy and macro-F1 and keeps what the user's gives."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, Any]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        chosen, labels = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
+        ours = {"accuracy": accuracy(chosen, labels), "macro_f1": macro_f1(chosen, labels, logits.shape[-1])}
+        return {**ours, **(own(prediction) if own else {})}
+
+    return compute
+
+
+def evaluate(
+    model: nn.Module,
+    rows: Dataset,
+    collator: Any,
+    args: TrainingArguments,
+    compute_metrics: ComputeMetrics | None = None,
+) -> dict[str, float]:
+    """Return a model's metrics on tokenised rows: `accuracy`, `macro_f1`, `loss`, and the user's own.
+
+    Args:
+        model: The model with the task active.
+        rows: Tokenised rows with `labels`.
+        collator: Pads a batch.
+        args: Batch size, device and precision are taken from these.
+        compute_metrics: The user's own metrics.
+    """
+    quiet = copy.copy(args)
+    quiet.disable_tqdm, quiet.report_to, quiet.load_best_model_at_end = True, [], False
+    trainer = Trainer(model=model, args=quiet, data_collator=collator, compute_metrics=with_ours(compute_metrics))
+    found = trainer.predict(rows, metric_key_prefix="test").metrics or {}
+    timing = (
+        "test_runtime",
+        "test_samples_per_second",
+        "test_steps_per_second",
+        "test_model_preparation_time",
+    )
+    return {key.removeprefix("test_"): float(value) for key, value in found.items() if key not in timing}

@@ -1,0 +1,49 @@
+"""What stops a task's training at the step where it went wrong.
+
+The Trainer hides a NaN loss (`logging_nan_inf_filter`) and trains on; whatever a task then commits is
+noise. The classifier's gradient shows a non-finite loss at the step, before the optimizer acts on it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_cl.errors import ConfigError, TrainingError
+
+
+def require_finite(parameters: Iterable[nn.Parameter], step: int) -> None:
+    """Raise if a gradient is not finite; one synchronisation on an accelerator.
+
+    Raises:
+        TrainingError: Names the step; nothing of the task is committed.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if grads and not bool(torch.stack([grad.isfinite().all() for grad in grads]).all()):
+        raise TrainingError(
+            f"step {step + 1}: the loss or its gradient is not finite. Nothing of this task is kept, earlier tasks are "
+            f"untouched. Lower the learning rates, or look for texts that give infinite logits."
+        )
+
+
+def refuse_sharding(args: TrainingArguments) -> None:
+    """Refuse backends that cut parameters into pieces: masks and owner maps are whole tensors.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP is asked for.
+    """
+    for name, asked in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
+        if asked:
+            raise ConfigError(f"{name}: it shards parameters, and ownership is kept on whole ones. Use plain DDP.")
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops at the first step whose gradients are not finite; for methods without masks."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check all trainable parameters' gradients."""
+        require_finite((p for p in kwargs["model"].parameters() if p.requires_grad), state.global_step)

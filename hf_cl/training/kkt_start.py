@@ -1,0 +1,121 @@
+"""Ask earlier tasks' networks about a new task's texts, and shift its scores (KKT on a live model)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cl.layers.heads import task_generator
+from hf_cl.starts.kkt import Choice, choose, nearest_tasks, scores_from_mask
+from hf_cl.tuner.model import MaskModel
+
+
+@dataclass
+class KKT:
+    """Options and memory of the KKT start, one object for a stream.
+
+    Attributes:
+        k: Neighbours that vote.
+        sample: Training texts that are looked at.
+        margin: How far kept scores stand above fresh ones, in steps of the scores' learning rate.
+        means: Mean base feature of each learned task by its number; chooses the candidates.
+    """
+
+    k: int
+    sample: int
+    margin: float
+    means: dict[int, Tensor]
+
+
+def start_by_kkt(
+    tuner: MaskModel, adapter: str, dataloader: Any, options: KKT, rate: float, device: torch.device
+) -> Choice:
+    """Set the adapter's scores and head by the best earlier task, if one is good enough; return what was found.
+
+    Args:
+        tuner: The masked model with `adapter` active.
+        adapter: The new task's adapter, in its mask phase.
+        dataloader: The new task's training data; its dataset and collator are used, not its order.
+        options: See `KKT`; the new task's mean is added to it.
+        rate: Learning rate of the scores, the margin's unit.
+        device: Where the model computes.
+    """
+    config = tuner.peft_config[adapter]
+    index = int(config.task_index or 0)
+    batches = _sample(dataloader, options.sample, config.seed, index)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    adapters = {
+        int(other.task_index or 0): name
+        for name, other in tuner.peft_config.items()
+        if name != adapter and tuner.phase(name) == "committed"
+    }
+    cache: dict[int | None, Tensor] = {None: _features(tuner, None, batches, device)}
+
+    def features(task: int | None) -> Tensor:
+        return cache[None] if task is None else _features(tuner, adapters[task], batches, device)
+
+    mean = cache[None].mean(0)
+    far = torch.full_like(mean, torch.inf)
+    candidates = nearest_tasks(mean, {task: options.means.get(task, far) for task in adapters})
+    generator = task_generator(config.seed, index, "kkt")
+    choice = choose(
+        features,
+        labels,
+        sorted(candidates),
+        classes=int(config.num_labels or 0),
+        k=options.k,
+        generator=generator,
+    )
+    options.means[index] = mean
+    tuner.set_adapter(adapter)
+    if choice.source is not None:
+        _start_from(tuner, adapter, adapters[choice.source], options.margin * rate)
+    return choice
+
+
+def _start_from(tuner: MaskModel, adapter: str, source: str, margin: float) -> None:
+    with torch.no_grad():
+        for layer in tuner.mask_layers():
+            scores = layer.hfcl_scores[adapter]
+            scores.copy_(
+                scores_from_mask(scores.detach(), layer.mask(source), margin, magnitude=layer.magnitude(adapter))
+            )
+        if tuner.peft_config[adapter].labels == tuner.peft_config[source].labels:
+            for own in tuner.own_layers():
+                own.hfcl_copy[adapter].load_state_dict(own.hfcl_copy[source].state_dict())
+
+
+def _sample(dataloader: Any, count: int, seed: int, index: int) -> list[dict[str, Tensor]]:
+    """Return batches of a seeded sample of the training texts."""
+    dataset = dataloader.dataset
+    order = torch.randperm(len(dataset), generator=task_generator(seed, index, "kkt.sample"))[:count].tolist()
+    size = dataloader.batch_size or 32
+    return [dataloader.collate_fn([dataset[i] for i in order[at : at + size]]) for at in range(0, len(order), size)]
+
+
+def _features(tuner: MaskModel, adapter: str | None, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """Return (n, d) float32 CPU features as the classifier sees them, in evaluation mode; None asks the bare base."""
+    found: list[Tensor] = []
+    classifier = tuner.own_layers()[-1]
+    was_training = tuner.training
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].detach().float().cpu())
+
+    handle = classifier.register_forward_pre_hook(keep)
+    tuner.eval()
+    try:
+        if adapter is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.set_adapter(adapter)
+        with torch.no_grad():
+            for batch in batches:
+                tuner(**{name: tensor.to(device) for name, tensor in batch.items() if name != "labels"})
+    finally:
+        handle.remove()
+        if adapter is None:
+            tuner.enable_adapter_layers()
+        tuner.train(was_training)
+    return torch.cat(found)

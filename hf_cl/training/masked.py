@@ -1,0 +1,214 @@
+"""The masked methods' common body: one `PeftModel`, one masked adapter a task.
+
+`supsup`, `exssnet` and `ssnet` differ in what trains and for how long; their files say so, this does it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_cl.errors import RunError
+from hf_cl.layers.base import Base, base_fingerprint
+from hf_cl.layers.task_heads import load_exactly
+from hf_cl.masks.coding import decode, encode
+from hf_cl.ownership.digest import digest
+from hf_cl.training.groups import parameter_groups
+from hf_cl.training.kkt_start import KKT
+from hf_cl.training.method import Method, Packed, Settled
+from hf_cl.training.ownership_callback import OwnershipCallback
+from hf_cl.tuner import MaskConfig, MaskModel
+
+KKT_MEAN = "kkt.mean"
+
+
+def adapter_of(index: int) -> str:
+    """Return the adapter that holds task number `index`; no task's name is ever part of a module's name."""
+    return f"task{index}"
+
+
+class MaskedMethod(Method):
+    """Learns every task as a masked adapter of one model."""
+
+    def __init__(
+        self,
+        base: Base,
+        config: MaskConfig,
+        *,
+        settled: Settled | None = None,
+        mask_share: float = 1.0,
+        rates: Mapping[str, float] | None = None,
+        kkt: KKT | None = None,
+    ) -> None:
+        """Wrap a base.
+
+        Args:
+            base: The loaded base.
+            config: Every adapter's options; labels and number are filled in a task.
+            settled: What an earlier process computed once: targets, head and scales.
+            mask_share: Share of a task's steps that train its mask.
+            rates: Learning rates of `scores`, `values`, `head`.
+            kkt: The start; None begins fresh.
+        """
+        super().__init__(base)
+        once = {name: value for name, value in (settled or {}).items() if name in ("target_modules", "scales")}
+        self.config = replace(config, head_modules=list(base.head), task_type="SEQ_CLS", **once)
+        self.mask_share, self.rates, self.kkt = mask_share, dict(rates or {}), kkt
+        self.fingerprint = base_fingerprint(base.model, base.head)
+        self._model: PeftModel | None = None
+        self._callback: OwnershipCallback | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The `PeftModel`."""
+        if self._model is None:
+            raise RunError("no task was begun, so there is no masked model yet. Learn or restore a task first.")
+        return self._model
+
+    @property
+    def tuner(self) -> MaskModel:
+        """The masked base below the `PeftModel`."""
+        tuner: MaskModel = self.model.base_model  # type: ignore[assignment]
+        return tuner
+
+    def settled(self) -> Settled:
+        """Return targets, head and scales."""
+        config = self.tuner.mask_config
+        return {
+            "target_modules": list(config.target_modules or ()),
+            "head_modules": list(config.head_modules or ()),
+            "scales": dict(config.scales or {}),
+        }
+
+    def begin(self, index: int, labels: tuple[str, ...]) -> None:
+        """Add task number `index` as a new adapter."""
+        config = replace(self.config, id2label=dict(enumerate(labels)), num_labels=len(labels), task_index=index)
+        adapter = adapter_of(index)
+        if self._model is None:
+            self._model = get_peft_model(self.base.model, config, adapter_name=adapter)
+        else:
+            self._model.add_adapter(adapter, config)
+        self._model.set_adapter(adapter)
+
+    def abandon(self, index: int) -> None:
+        """Delete the unfinished adapter; the model of a first task is unwrapped."""
+        if self._model is None:
+            return
+        if len(self._model.peft_config) == 1:
+            self._model.unload()
+            self._model = None
+        else:
+            self._model.set_adapter(adapter_of(0))
+            self._model.delete_adapter(adapter_of(index))
+
+    def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
+        """Return groups of scores, values and head."""
+        rates = {role: self.rates.get(role, args.learning_rate) for role in ("scores", "values", "head")}
+        return parameter_groups(self.model.named_parameters(), rates, args.weight_decay)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return the ownership callback."""
+        self._callback = OwnershipCallback(
+            str(self.tuner.active_adapters[0]),
+            mask_share=self.mask_share,
+            learning_rates=self.rates,
+            start=self.kkt,
+        )
+        return [self._callback]
+
+    def commit(self, index: int) -> None:
+        """Do nothing: the callback committed at the end of training."""
+
+    def activate(self, index: int) -> None:
+        """Make a finished task's adapter active."""
+        self.tuner.set_adapter(adapter_of(index), inference_mode=True)
+
+    def parts(self, index: int) -> dict[str, str]:
+        """Return digests of base, masks, values, owners, and head with norms."""
+        found: dict[str, list[tuple[str, torch.Tensor]]] = {
+            "masks": [],
+            "values": [],
+            "owners": [],
+            "head": [],
+        }
+        for name, tensor in self.tuner.task_tensors(adapter_of(index)):
+            kind = name.rpartition(".")[2]
+            found[{"mask": "masks"}.get(kind, kind) if kind in ("mask", "values", "owners") else "head"].append(
+                (name, tensor)
+            )
+        return {"base": self.tuner.base_digest()} | {part: digest(tensors) for part, tensors in found.items()}
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return density, overlap, trainable share, claimed cells, capacity, and KKT's choice."""
+        adapter = adapter_of(index)
+        claimed = sum(int(layer.own(adapter).count_nonzero()) for layer in self.tuner.mask_layers())
+        facts: dict[str, Any] = {"trainable": claimed, "capacity_used": self.tuner.capacity_used()}
+        if self._callback is not None and self._callback.adapter == adapter:
+            facts |= {name: self._callback.facts[name] for name in ("density", "overlap", "trainable_share")}
+            choice = self._callback.choice
+            if choice is not None:
+                accuracies = {str(task): round(value, 4) for task, value in choice.accuracies.items()}
+                facts["kkt"] = {
+                    "source": choice.source, "accuracies": accuracies,
+                    "base": round(choice.base, 4), "chance": round(choice.chance, 4),
+                }  # fmt: skip
+        return facts
+
+    def pack(self, index: int) -> Packed:
+        """Return the coded masks with the trained values the task owns, and its head."""
+        adapter, layers = adapter_of(index), self.tuner.mask_layers()
+        codes = [encode(layer.mask(adapter).cpu().numpy()) for layer in layers]
+        joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
+        task = {"masks": joined, "lengths": torch.tensor([len(code) for code in codes], dtype=torch.int32)}
+        if self.config.trains != "nothing":
+            values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])  # type: ignore[attr-defined]
+            task["values"] = values.to(getattr(torch, self.config.values_dtype)).cpu()
+        head = {name: tensor.detach().cpu() for name, tensor in self.tuner.own_tensors(adapter).items()}
+        if self.kkt is not None and index in self.kkt.means:
+            head[KKT_MEAN] = self.kkt.means[index]
+        return Packed(task, head)
+
+    def restore(self, index: int, labels: tuple[str, ...], packed: Packed) -> None:
+        """Add a finished task from its coded masks, own values and head.
+
+        Raises:
+            RunError: The tensors are not those of such a task.
+        """
+        self.begin(index, labels)
+        adapter, layers = adapter_of(index), self.tuner.mask_layers()
+        lengths = packed.task["lengths"].tolist()
+        if len(lengths) != len(layers) or sum(lengths) != packed.task["masks"].numel() or min(lengths) < 0:
+            raise RunError(
+                f"task {index}: {len(lengths)} coded masks of {sum(lengths)} bytes for {len(layers)} layers."
+            )
+        codes, values = packed.task["masks"].numpy().tobytes(), packed.task.get("values")
+        at = used = 0
+        for layer, length in zip(layers, lengths, strict=True):
+            shape = layer.base_layer.weight.shape
+            mask = torch.from_numpy(decode(codes[at : at + length], shape.numel())).view(shape)
+            at += length
+            mine = None
+            if values is not None:
+                own = int((mask.to(layer.store.owner.device) & (layer.store.owner == -1)).count_nonzero())
+                mine = values[used : used + own].float()
+                used += own
+            layer.install(adapter, mask.to(layer.store.owner.device), mine)
+        if values is not None and used != values.numel():
+            raise RunError(f"task {index}: {values.numel()} stored values for {used} claimed entries.")
+        self._restore_head(adapter, index, packed)
+
+    def _restore_head(self, adapter: str, index: int, packed: Packed) -> None:
+        tensors = dict(packed.head)
+        mean = tensors.pop(KKT_MEAN, None)
+        if mean is not None and self.kkt is not None:
+            self.kkt.means[index] = mean
+        load_exactly(self.tuner.own_tensors(adapter), tensors, f"task {index}: its head")
+        self.tuner.finish(adapter)
+
+    def rewritten(self, index: int) -> Sequence[int]:
+        """Return all tasks where values are overwritten whoever owns them (SSNet)."""
+        return range(index + 1) if self.config.trains == "mask" else (index,)

@@ -1,0 +1,104 @@
+"""What a method is: the contract between one way to learn a stream and everything that is shared.
+
+A method wraps a base and knows tasks by their numbers. Training data, the Trainer, evaluation, files,
+digests and results are the same for all; a method says what trains, what is stored, and what a task's
+forward reads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_cl.layers.base import Base
+
+Tensors = dict[str, Tensor]
+Settled = Mapping[str, Any]
+"""What a method computed once from the base and stores as JSON: targets, scales, head."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A finished task as tensors to store.
+
+    Attributes:
+        task: What the task adds (`bytes_per_task`); empty where it adds nothing of its own.
+        head: Its head, norms and start statistics (`head_bytes_per_task`).
+    """
+
+    task: Tensors = field(default_factory=dict)
+    head: Tensors = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to learn a stream of tasks on one base."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The module the Trainer trains and evaluation runs; there is one from the first `begin` on."""
+
+    @abstractmethod
+    def settled(self) -> Settled:
+        """Return what was computed once from the base, as plain JSON values."""
+
+    @abstractmethod
+    def begin(self, index: int, labels: tuple[str, ...]) -> None:
+        """Add task number `index`, make it active and trainable."""
+
+    @abstractmethod
+    def abandon(self, index: int) -> None:
+        """Forget a task that was begun and not committed; earlier tasks stay untouched."""
+
+    @abstractmethod
+    def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
+        """Return the active task's optimizer groups."""
+
+    @abstractmethod
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return new callbacks that train the active task."""
+
+    @abstractmethod
+    def commit(self, index: int) -> None:
+        """Finish the task after its training (where a callback has not done it already)."""
+
+    @abstractmethod
+    def activate(self, index: int) -> None:
+        """Make a finished task's network the one that answers."""
+
+    @abstractmethod
+    def parts(self, index: int) -> dict[str, str]:
+        """Return digests of all a task's forward reads, by part: base, masks, values, head and so on."""
+
+    @abstractmethod
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return what is worth recording of a finished task, as plain JSON values; has `trainable`."""
+
+    @abstractmethod
+    def pack(self, index: int) -> Packed:
+        """Return a finished task's tensors to store."""
+
+    @abstractmethod
+    def restore(self, index: int, labels: tuple[str, ...], packed: Packed) -> None:
+        """Add a finished task from its stored tensors, after all tasks before it."""
+
+    def rewritten(self, index: int) -> Sequence[int]:
+        """Return the numbers of the tasks whose stored tensors changed with the commit of `index`."""
+        return (index,)
+
+    def shared(self) -> Tensors:
+        """Return tensors that all tasks share and that are stored once; none by default."""
+        return {}
+
+    def restore_shared(self, tensors: Tensors) -> None:
+        """Take back what `shared` gave; by default there is nothing to take."""
+        del tensors
+
+
+Build = Callable[..., Method]

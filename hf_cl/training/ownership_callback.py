@@ -1,0 +1,240 @@
+"""The Trainer callback that takes one masked adapter from its start to its commit.
+
+    on_train_begin           checks, digest of what earlier tasks own, start (fresh or KKT), groups, schedules
+    on_step_end              mask phase: refresh masks; at the claim: fix them, open the values
+    on_pre_optimizer_step    stop at a non-finite gradient; the off phase's gradients become None
+    on_evaluate              keep the best state of the last phase (load_best_model_at_end)
+    on_train_end             commit: claim, round, freeze; audit the digest
+
+One `Trainer.train()` holds all of it. The off phase is off: its gradients are None when the optimizer
+steps, so momentum, decay and Adam's step count do not move, and clipping never saw them.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_cl.errors import ConfigError, OwnershipError, TrainingError
+from hf_cl.starts.kkt import Choice
+from hf_cl.training.groups import parameter_groups, role_of, schedule, set_groups, set_schedule
+from hf_cl.training.guards import refuse_sharding, require_finite
+from hf_cl.training.kkt_start import KKT, start_by_kkt
+from hf_cl.tuner.model import MaskModel
+
+logger = logging.getLogger(__name__)
+SCARCE = 0.1
+"""Share of its budget under which a task's trainable entries are called scarce."""
+
+
+class OwnershipCallback(TrainerCallback):
+    """Trains one masked adapter with the user's own Trainer and arguments.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> callback = OwnershipCallback("news", mask_share=0.5)
+        >>> # Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        *,
+        mask_share: float = 1.0,
+        learning_rates: Mapping[str, float] | None = None,
+        start: KKT | None = None,
+    ) -> None:
+        """Say how the adapter's training is divided.
+
+        Args:
+            adapter: The adapter that is active and not committed.
+            mask_share: Share of the optimizer steps that train the mask; the rest train values. Below 1
+                needs a config with `trains` other than "nothing".
+            learning_rates: Of `scores`, `values` and `head`; one left out is the arguments' learning rate.
+            start: Where scores begin; None begins fresh.
+        """
+        if not 0 < mask_share <= 1:
+            raise ConfigError(f"mask_share: expected a share in (0, 1], found {mask_share!r}.")
+        self.adapter, self.mask_share, self.start = adapter, mask_share, start
+        self.learning_rates = dict(learning_rates or {})
+        self.choice: Choice | None = None
+        self.facts: dict[str, float] = {}
+        self._claim_step = 0
+        self._owned = ""
+        self._best: tuple[float, dict[str, Tensor]] | None = None
+
+    # --- before the first step ------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check, start, and take over optimizer and scheduler.
+
+        Raises:
+            ConfigError: The model, backend, optimizer or scheduler cannot train this adapter.
+            OwnershipError: Values are to train and no layer has a free entry.
+        """
+        tuner = self._tuner(kwargs["model"])
+        self._check(tuner, args)
+        tuner.require_free(self.adapter)
+        self._owned = tuner.owned_digest(self._index(tuner))
+        self._best = None
+        steps = state.max_steps
+        self._claim_step = steps if self._mask_only(tuner) else max(1, min(steps - 1, round(self.mask_share * steps)))
+        if self.start is not None and state.global_step == 0:
+            rate = self._rate("scores", args)
+            self.choice = start_by_kkt(tuner, self.adapter, kwargs["train_dataloader"], self.start, rate, args.device)
+        if tuner.phase(self.adapter) == "mask":
+            tuner.refresh_masks(self.adapter)
+        self._take_over(kwargs["model"], args, steps, kwargs["optimizer"], kwargs["lr_scheduler"])
+        self.facts = tuner.facts(self.adapter)
+
+    def _tuner(self, model: Any) -> MaskModel:
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(tuner, MaskModel):
+            raise ConfigError(
+                f"OwnershipCallback: expected get_peft_model(model, MaskConfig(...)), found {type(model).__name__}."
+            )
+        return tuner
+
+    def _check(self, tuner: MaskModel, args: TrainingArguments) -> None:
+        refuse_sharding(args)
+        if self.adapter not in tuner.peft_config:
+            raise ConfigError(f"adapter {self.adapter!r}: the model has {', '.join(tuner.peft_config)}. Add it first.")
+        if tuner.phase(self.adapter) == "committed":
+            raise ConfigError(f"adapter {self.adapter!r} is committed and never changes again. Add a new adapter.")
+        if tuner.active_adapters != [self.adapter]:
+            raise ConfigError(
+                f"adapter {self.adapter!r}: active is {', '.join(tuner.active_adapters) or 'none'}. "
+                f"Call model.set_adapter({self.adapter!r}) before the Trainer is made."
+            )
+        trains = tuner.peft_config[self.adapter].trains
+        if (trains == "nothing") != (self.mask_share == 1.0):
+            raise ConfigError(
+                f"adapter {self.adapter!r}: trains={trains!r} and mask_share={self.mask_share}. A mask alone has "
+                f"mask_share 1 and trains nothing; values need a mask_share below 1."
+            )
+
+    def _mask_only(self, tuner: MaskModel) -> bool:
+        return bool(tuner.peft_config[self.adapter].trains == "nothing")
+
+    def _index(self, tuner: MaskModel) -> int:
+        return int(tuner.peft_config[self.adapter].task_index or 0)
+
+    def _rate(self, role: str, args: TrainingArguments) -> float:
+        return float(self.learning_rates.get(role, args.learning_rate))
+
+    def _take_over(self, model: nn.Module, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if any("role" not in group for group in inner.param_groups):
+            rates = {role: self._rate(role, args) for role in ("scores", "values", "head")}
+            set_groups(optimizer, parameter_groups(model.named_parameters(), rates, args.weight_decay))
+        claim = self._claim_step
+        both = [(0, claim), (claim, steps)] if claim < steps else [(0, steps)]
+        spans = {"scores": [(0, claim)], "values": both[1:], "head": both}
+        set_schedule(optimizer, scheduler, {role: schedule(args, span) for role, span in spans.items()})
+
+    # --- each step --------------------------------------------------------------------------------------
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop at a non-finite gradient; drop what DDP may have filled in for the off phase."""
+        model = kwargs["model"]
+        off = "values" if self._tuner(model).phase(self.adapter) == "mask" else "scores"
+        head = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if role_of(name) == off:
+                    parameter.grad = None
+                elif role_of(name) == "head":
+                    head.append(parameter)
+        require_finite(head, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refresh the masks; at the claim's step fix them and open the values."""
+        tuner = self._tuner(kwargs["model"])
+        if tuner.phase(self.adapter) != "mask":
+            return
+        if state.global_step < self._claim_step or self._mask_only(tuner):
+            tuner.refresh_masks(self.adapter)
+            return
+        opened = tuner.begin_weight_phase(self.adapter)
+        self.facts = tuner.facts(self.adapter)
+        self._best, state.best_metric, state.best_model_checkpoint = None, None, None
+        if opened == 0:
+            logger.warning("%s: its mask holds no free entry, so nothing is left to train but its head.", self.adapter)
+        elif self.facts["trainable_share"] < SCARCE:
+            logger.warning(
+                "%s: only %.1f %% of its budget is free to train, %.1f %% of the store is left.",
+                self.adapter,
+                100 * self.facts["trainable_share"],
+                100 * self.facts["capacity_left"],
+            )
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add density, overlap, trainable share and capacity left to what is logged (after this callback)."""
+        logs = kwargs.get("logs")
+        if logs is not None and "loss" in logs:
+            tuner = self._tuner(kwargs["model"])
+            self.facts = tuner.facts(self.adapter)
+            extra = {f"mask_{name}": round(value, 6) for name, value in self.facts.items()}
+            logs.update(extra)
+            state.log_history[-1].update(extra)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the best state of the last phase in memory: the Trainer's own best misses named adapters."""
+        tuner = self._tuner(kwargs["model"])
+        last_phase = self._mask_only(tuner) or tuner.phase(self.adapter) == "weight"
+        if not (args.load_best_model_at_end and last_phase):
+            return
+        name = args.metric_for_best_model or "loss"
+        value = kwargs["metrics"].get(name if name.startswith("eval_") else f"eval_{name}")
+        if value is None:
+            raise ConfigError(f"metric_for_best_model: {name!r} is not among {', '.join(kwargs['metrics'])}.")
+        better = value if args.greater_is_better else -value
+        if self._best is None or better > self._best[0]:
+            self._best = (
+                better,
+                {key: tensor.detach().clone() for key, tensor in self._training(kwargs["model"])},
+            )
+
+    def _training(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        """Return what training moves, as it stands: trainable parameters and the kept thresholds."""
+        moving: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        suffix = f".hfcl_threshold.{self.adapter}"
+        return moving + [(n, b) for n, b in model.named_buffers() if n.endswith(suffix)]
+
+    # --- after the last step ----------------------------------------------------------------------------
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the best state, commit, and audit.
+
+        Raises:
+            TrainingError: Training stopped before the claim of a method that trains values.
+            OwnershipError: Something that earlier tasks own has moved.
+        """
+        model, tuner = kwargs["model"], self._tuner(kwargs["model"])
+        if not self._mask_only(tuner) and tuner.phase(self.adapter) == "mask":
+            raise TrainingError(
+                f"adapter {self.adapter!r}: training stopped at step {state.global_step}, before its claim at step "
+                f"{self._claim_step}. Nothing is committed. Train longer, or lower `mask_share`."
+            )
+        if self._best is not None:
+            with torch.no_grad():
+                for name, tensor in self._training(model):
+                    tensor.copy_(self._best[1][name])
+            self._best = None
+        self.facts = tuner.facts(self.adapter)
+        tuner.commit(self.adapter)
+        self.facts |= tuner.facts(self.adapter) | {"trainable_share": self.facts["trainable_share"]}
+        if tuner.peft_config[self.adapter].trains != "mask" and tuner.owned_digest(self._index(tuner)) != self._owned:
+            raise OwnershipError(
+                f"adapter {self.adapter!r}: what earlier tasks own has moved while it trained. Something outside this "
+                f"library writes to the model; find it before you trust this model."
+            )

@@ -1,0 +1,107 @@
+"""Train one task: the one function that every method's tasks go through."""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from hf_cl.training.evaluation import ComputeMetrics, with_ours
+from hf_cl.training.groups import set_groups
+from hf_cl.training.method import Method
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training a task left to tell.
+
+    Attributes:
+        seconds: Wall-clock seconds, evaluations during training included.
+        steps: Optimizer steps.
+        log: The Trainer's log history.
+    """
+
+    seconds: float
+    steps: int
+    log: list[dict[str, Any]]
+
+
+def train_task(
+    method: Method,
+    index: int,
+    labels: tuple[str, ...],
+    rows: DatasetDict,
+    collator: Any,
+    args: TrainingArguments,
+    compute_metrics: ComputeMetrics | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Training:
+    """Begin, train and commit task number `index`; on any error nothing of it is left behind.
+
+    Args:
+        method: The way to learn.
+        index: The task's number, from 0.
+        labels: Names of its classes.
+        rows: Tokenised `train` and `validation`.
+        collator: Pads a batch.
+        args: The user's arguments; each task trains below its own folder in `output_dir`.
+        compute_metrics: The user's own metrics, for evaluation during training.
+        callbacks: The user's own callbacks.
+    """
+    start = time.perf_counter()
+    method.begin(index, labels)
+    try:
+        trainer = _trainer(method, index, rows, collator, args, compute_metrics, callbacks)
+        trainer.train()
+        method.commit(index)
+    except BaseException:
+        method.abandon(index)
+        raise
+    return Training(time.perf_counter() - start, trainer.state.global_step, trainer.state.log_history)
+
+
+def _trainer(
+    method: Method,
+    index: int,
+    rows: DatasetDict,
+    collator: Any,
+    args: TrainingArguments,
+    compute_metrics: ComputeMetrics | None,
+    callbacks: tuple[TrainerCallback, ...],
+) -> Trainer:
+    task_args = copy.copy(args)
+    task_args.output_dir = str(Path(args.output_dir or "trainer_output") / f"task{index:04d}")
+    # Reporting comes after ours, so that what our callback adds to the logs is reported too; the Trainer
+    # itself would put its integrations first.
+    task_args.report_to = []
+    return Trainer(
+        model=method.model,
+        args=task_args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        compute_metrics=with_ours(compute_metrics),
+        callbacks=[
+            *method.callbacks(),
+            *(made() for made in get_reporting_integration_callbacks(args.report_to)),
+            *callbacks,
+        ],
+        optimizers=(_optimizer(method, task_args), None),
+    )
+
+
+def _optimizer(method: Method, args: TrainingArguments) -> Optimizer:
+    """Return the optimizer the arguments name, over the method's groups.
+
+    Made before the Trainer restores a checkpoint, so that a resumed optimizer finds the same groups.
+    """
+    made, options = Trainer.get_optimizer_cls_and_kwargs(args, method.model)
+    groups = method.groups(args)
+    optimizer: Optimizer = made([{"params": groups[0]["params"]}], **options)
+    set_groups(optimizer, groups)
+    return optimizer

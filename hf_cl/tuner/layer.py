@@ -1,0 +1,344 @@
+"""The masked linear as a PEFT layer: one adapter a task over one shared store.
+
+A task goes through three phases, and which one it is in is read off its tensors alone, so a reloaded
+checkpoint needs no other state:
+
+    mask       scores train; bits are all zero
+    weight     bits are set; a vector of the entries the task may change trains
+    committed  scores and vector are gone; bits and the values at the mask's entries remain, as buffers
+
+The vector is registered with the scores, before an optimizer exists, at the mask's kept count, which is
+known before the mask is; its positions are filled in at the claim and cells beyond them never move.
+
+Source: ExSSNeT, arXiv 2210.10209; the layout is ours.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_cl.errors import OwnershipError
+from hf_cl.layers.heads import task_generator
+from hf_cl.layers.store import MaskStore
+from hf_cl.masks.compose import TrainedWeight, layer_scale
+from hf_cl.masks.select import kept_count, topk_mask
+from hf_cl.ownership.owner import FOREIGN, FREE, claim
+from hf_cl.tuner.config import MaskConfig
+
+SCORE_STD = 1e-4
+"""Signed scores begin near zero, well below one learning-rate step: the first gradients decide."""
+Phase = Literal["mask", "weight", "committed"]
+
+
+class MaskLinear(nn.Module, BaseTunerLayer):
+    """A linear whose weight is `A + M * V`, with the mask M of the active adapter."""
+
+    adapter_layer_names = ("hfcl_scores", "hfcl_values")
+    other_param_names = ("hfcl_bits", "hfcl_owned", "hfcl_inherited", "hfcl_where", "hfcl_threshold")
+
+    def __init__(self, base_layer: nn.Linear, path: str, config: MaskConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.path = path
+        known = (config.scales or {}).get(path)
+        scale = layer_scale(config.compose, base_layer.weight, config.scale) if known is None else known
+        self.store = MaskStore(base_layer.weight, compose=config.compose, seed=config.seed, path=path, scale=scale)
+        self.hfcl_scores, self.hfcl_values = nn.ParameterDict(), nn.ParameterDict()
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict(persistent=True))
+        self.configs: dict[str, MaskConfig] = {}
+        self.live_mask: Tensor
+        self.register_buffer("live_mask", None, persistent=False)
+        self._where: Tensor | None = None
+        self._start: Tensor | None = None
+        self._seen = (-1, -1)
+        self._arrived: set[str] = set()
+        self.register_load_state_dict_pre_hook(_make_room)
+        self.register_load_state_dict_post_hook(_install_arrived)
+
+    # --- one adapter a task ---------------------------------------------------------------------
+
+    def add(self, adapter: str, config: MaskConfig) -> None:
+        """Register a new task's tensors: fresh scores, an empty vector, no mask."""
+        weight, size = self.base_layer.weight, self.base_layer.weight.numel()
+        self.configs[adapter] = config
+        generator = task_generator(config.seed, int(config.task_index or 0), self.path)
+        self.hfcl_scores[adapter] = nn.Parameter(self.fresh_scores(adapter, generator))
+        self.hfcl_values[adapter] = nn.Parameter(torch.zeros(self.count(adapter), device=weight.device))
+        empty = torch.empty(0, device=weight.device)
+        self._buffer("hfcl_bits")[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
+        for name in ("hfcl_owned", "hfcl_inherited"):
+            self._buffer(name)[adapter] = empty.clone()
+        self._buffer("hfcl_where")[adapter] = empty.to(torch.uint8)
+        self._buffer("hfcl_threshold")[adapter] = torch.full((1,), math.nan, device=weight.device)
+
+    def fresh_scores(self, adapter: str, generator: torch.Generator) -> Tensor:
+        """Return new scores, float32: near zero where the sign ranks, else uniform in +-1/sqrt(fan_in)."""
+        weight = self.base_layer.weight
+        scores = torch.empty(weight.shape)
+        if self.configs[adapter].rank == "magnitude":
+            bound = 1 / math.sqrt(weight.shape[1])
+            return scores.uniform_(-bound, bound, generator=generator).to(weight.device)
+        return scores.normal_(0, SCORE_STD, generator=generator).to(weight.device)
+
+    def _buffer(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def count(self, adapter: str) -> int:
+        """Return how many entries the adapter's mask keeps in this layer."""
+        return kept_count(self.base_layer.weight.numel(), self.configs[adapter].density)
+
+    def magnitude(self, adapter: str) -> bool:
+        """Return whether the adapter's scores are ranked by magnitude."""
+        return self.configs[adapter].rank == "magnitude"
+
+    def phase(self, adapter: str) -> Phase:
+        """Return the adapter's phase, read off its tensors."""
+        if not bool(self._buffer("hfcl_bits")[adapter].any()):
+            return "mask"
+        return "weight" if self.hfcl_scores[adapter].numel() else "committed"
+
+    def mask(self, adapter: str) -> Tensor:
+        """Return the adapter's mask, bool: the exact one from the claim on, before it the kept threshold's."""
+        if self.phase(adapter) == "mask":
+            scores = self.hfcl_scores[adapter].detach()
+            threshold = self._buffer("hfcl_threshold")[adapter]
+            if bool(threshold.isnan()):
+                return topk_mask(scores, self.count(adapter), magnitude=self.magnitude(adapter))
+            return (scores.abs() if self.magnitude(adapter) else scores) > threshold
+        return unpack(self._buffer("hfcl_bits")[adapter], self.base_layer.weight.shape)
+
+    # --- what the active adapter computes with ----------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active and compose its weight; a committed one never trains again.
+
+        Raises:
+            OwnershipError: More than one adapter is named; masks of several tasks have no sum.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise OwnershipError(f"{self.path}: adapters {', '.join(names)} cannot be active together. Name one.")
+        super().set_adapter(names, inference_mode=inference_mode)
+        for parameters in (self.hfcl_scores, self.hfcl_values):
+            for parameter in parameters.values():
+                if not parameter.numel():
+                    parameter.requires_grad_(False)
+        self.compose()
+
+    def _adapter(self) -> str | None:
+        names = self.active_adapters
+        return names[0] if names and names[0] in self.configs else None
+
+    def compose(self) -> None:
+        """Make the composed weight that of the active adapter, in its phase."""
+        adapter, weight = self._adapter(), self.base_layer.weight
+        self._where = self._start = None
+        if adapter is None or weight.is_meta:
+            return
+        mask = self.mask(adapter)
+        self.store.show(weight, mask)
+        phase = self.phase(adapter)
+        self.live_mask = mask if phase == "mask" else None
+        if phase == "weight":
+            self._where = self.trainable(adapter, mask)
+            self._start = self.store.base_at(weight, self._where)
+            self._seen = (-1, -1)
+
+    def trainable(self, adapter: str, mask: Tensor) -> Tensor:
+        """Return the flat positions of the entries whose values the task trains."""
+        own = mask if self.configs[adapter].trains == "mask" else mask & (self.store.owner == FREE)
+        return own.view(-1).nonzero().squeeze(1)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the active adapter's weight; x of shape (..., in) gives (..., out)."""
+        layer, adapter = self.base_layer, self._adapter()
+        if self.disable_adapters or self.merged or adapter is None:
+            return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        weight = self.store.weight
+        scores, values = self.hfcl_scores[adapter], self.hfcl_values[adapter]
+        if self._where is not None and self._start is not None:
+            self._write_values(values)
+        if torch.is_grad_enabled() and scores.requires_grad:
+            weight = TrainedWeight.apply(
+                scores, values, weight, self.store.values, self._where, self.magnitude(adapter)
+            )
+        return F.linear(x, weight, layer.bias)
+
+    def _write_values(self, values: Tensor) -> None:
+        """Write the vector into the composed weight, once an optimizer step however often it is read."""
+        version = (id(values), values._version)
+        if version != self._seen and self._where is not None and self._start is not None:
+            self.store.write(self._start, self._where, values.detach()[: self._where.shape[0]])
+            self._seen = version
+
+    # --- claim and commit -------------------------------------------------------------------------
+
+    def exact_mask(self, adapter: str) -> Tensor:
+        """Return the mask the scores stand for: exactly the budget, ties by index."""
+        scores, magnitude = self.hfcl_scores[adapter].detach(), self.magnitude(adapter)
+        if not self.configs[adapter].free_topk:
+            return topk_mask(scores, self.count(adapter), magnitude=magnitude)
+        free = (self.store.owner == FREE).view(-1).nonzero().squeeze(1)
+        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        if free.numel():
+            chosen = topk_mask(scores.view(-1)[free], min(self.count(adapter), free.numel()), magnitude=magnitude)
+            mask[free[chosen]] = True
+        return mask.view_as(scores)
+
+    def begin_weight_phase(self, adapter: str) -> int:
+        """Fix the mask, fill the vector with the values at its trainable entries; return their number."""
+        mask = self.exact_mask(adapter)
+        self._buffer("hfcl_bits")[adapter] = pack(mask)
+        where = self.trainable(adapter, mask)
+        with torch.no_grad():
+            self.hfcl_values[adapter][: where.shape[0]] = self.store.values.view(-1)[where]
+        self.compose()
+        return where.shape[0]
+
+    def commit(self, adapter: str) -> None:
+        """Claim the free entries of the mask, round what was trained, and drop what trained it."""
+        config, trained = self.configs[adapter], None
+        if self.phase(adapter) == "mask":
+            mask = self.exact_mask(adapter)
+            self._buffer("hfcl_bits")[adapter] = pack(mask)
+        else:
+            mask = self.mask(adapter)
+            where = self.trainable(adapter, mask)
+            values = self.hfcl_values[adapter].detach()[: where.shape[0]]
+            trained = values.to(getattr(torch, config.values_dtype)).float()
+            self.store.values.view(-1)[where] = trained
+        own = mask & (self.store.owner == FREE)
+        self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
+        self._finish(adapter, mask, own, trained is not None)
+
+    def install(self, adapter: str, mask: Tensor, values: Tensor | None) -> None:
+        """Put a finished task in place from its mask and the trained values of its own entries.
+
+        Args:
+            adapter: An added adapter.
+            mask: bool, of the weight's shape.
+            values: float32, the claimed entries' values in storage order, or None where none were trained.
+
+        Raises:
+            OwnershipError: The number of values is not that of the entries the task claims.
+        """
+        own = mask & (self.store.owner == FREE)
+        where = own.view(-1).nonzero().squeeze(1)
+        if values is not None:
+            if values.shape[0] != where.shape[0]:
+                raise OwnershipError(
+                    f"{self.path}: task {self.configs[adapter].task_index} brings {values.shape[0]} values for "
+                    f"{where.shape[0]} claimed entries. Load the tasks in the order they were learned."
+                )
+            self.store.values.view(-1)[where] = values.to(self.store.values.device)
+        self._buffer("hfcl_bits")[adapter] = pack(mask)
+        self.store.owner = claim(self.store.owner, mask, int(self.configs[adapter].task_index or 0))
+        self._finish(adapter, mask, own, values is not None)
+
+    def _finish(self, adapter: str, mask: Tensor, own: Tensor, trained: bool) -> None:
+        for parameters in (self.hfcl_scores, self.hfcl_values):
+            parameters[adapter] = nn.Parameter(torch.empty(0, device=own.device), requires_grad=False)
+        self._buffer("hfcl_where")[adapter] = pack(own[mask])
+        self._buffer("hfcl_threshold")[adapter] = torch.full((1,), math.nan, device=own.device)
+        self.save_values(adapter, trained)
+        if self._adapter() == adapter:
+            self.compose()
+
+    def save_values(self, adapter: str, trained: bool) -> None:
+        """Copy the values at a finished task's entries from the store into what is saved with the adapter."""
+        mask = self.mask(adapter)
+        own = self.own(adapter)
+        values = self.store.values[mask]
+        self._buffer("hfcl_owned")[adapter] = values[own] if trained else values[:0].clone()
+        self._buffer("hfcl_inherited")[adapter] = values[~own]
+
+    def own(self, adapter: str) -> Tensor:
+        """Return, for each entry of a finished task's mask in storage order, whether the task owns it (bool)."""
+        kept = int(self.mask(adapter).count_nonzero())
+        return unpack(self._buffer("hfcl_where")[adapter], (kept,))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; what it owned stays where later tasks may read it."""
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+        self.compose()
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def rebuild(self, adapter: str) -> None:
+        """Put a loaded finished adapter's values into the store.
+
+        Raises:
+            OwnershipError: A value disagrees with the store: the files are of different banks or states.
+        """
+        if self.phase(adapter) != "committed":
+            return
+        index, mask, own = int(self.configs[adapter].task_index or 0), self.mask(adapter), self.own(adapter)
+        where = mask.view(-1).nonzero().squeeze(1)
+        owner, values = self.store.owner.view(-1), self.store.values.view(-1)
+        mine, others = where[own], where[~own]
+        owned, inherited = self._buffer("hfcl_owned")[adapter], self._buffer("hfcl_inherited")[adapter]
+        theirs = ~((owner[mine] == FREE) | (owner[mine] == FOREIGN) | (owner[mine] == index))
+        arriving = owned if owned.numel() else self.store_start(mine)
+        stale = (owner[mine] != FREE) & (values[mine] != arriving)
+        known = owner[others] != FREE
+        wrong = known & (values[others] != inherited)
+        if bool(theirs.any()) or bool(stale.any()) or bool(wrong.any()):
+            raise OwnershipError(
+                f"{self.path}: adapter {adapter!r} (task {index}) disagrees with loaded tasks on "
+                f"{int(theirs.sum()) + int(stale.sum()) + int(wrong.sum())} entries. Its file is stale or of another "
+                f"bank: load adapters saved together."
+            )
+        values[mine], owner[mine] = arriving, index
+        values[others[~known]] = inherited[~known]
+        owner[others[~known]] = FOREIGN
+
+    def store_start(self, where: Tensor) -> Tensor:
+        """Return V's start values at flat positions; an entry that nobody trained keeps its own."""
+        return self.store.values.view(-1)[where]
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return a bool tensor's bits, eight a byte from the lowest, uint8."""
+    bits = np.packbits(mask.detach().cpu().view(-1).numpy(), bitorder="little")
+    return torch.from_numpy(bits).to(mask.device)
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the bool tensor of the given shape that `pack` packed."""
+    size = math.prod(shape)
+    flat = np.unpackbits(bits.cpu().numpy(), count=size, bitorder="little").view(np.bool_)
+    return torch.from_numpy(flat).to(bits.device).view(shape)
+
+
+def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading: give each adapter's tensors the sizes that arrive (a finished task has no scores)."""
+    layer: Any = module
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):
+        held = getattr(layer, name)
+        for adapter in list(held.keys()):
+            arriving = state.get(f"{prefix}{name}.{adapter}")
+            if arriving is None:
+                continue
+            layer._arrived.add(adapter)
+            if arriving.shape != held[adapter].shape:
+                room = torch.empty(arriving.shape, dtype=held[adapter].dtype, device=layer.base_layer.weight.device)
+                is_parameter = name in layer.adapter_layer_names
+                held[adapter] = nn.Parameter(room, requires_grad=arriving.numel() > 0) if is_parameter else room
+
+
+def _install_arrived(module: nn.Module, _: Any) -> None:
+    """After loading: derive store and owners from what arrived, and compose the active adapter anew."""
+    layer: Any = module
+    for adapter in sorted(layer._arrived):
+        layer.rebuild(adapter)
+    if layer._arrived:
+        layer._arrived.clear()
+        layer.compose()
