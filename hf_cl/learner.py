@@ -1,6 +1,5 @@
 """`ContinualLearner`: learn one task after another on one base, and keep every earlier one as it was."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -246,8 +245,7 @@ def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any],
         return "mask_config", plain, MaskedMethod(base, config, mask_share=share, rates={"scores": 0.01})
     module = type(config).__module__
     name = module.rpartition(".")[2]
-    if not is_dataclass(config) or module != f"hf_cl.methods.{name}":
+    if not is_dataclass(config) or isinstance(config, type) or module != f"hf_cl.methods.{name}":
         raise ConfigError(f"config: expected a MaskConfig or a method's Options, found {type(config).__name__}.")
     method: Method = plugins.load("methods", name).build(base, config, seed)
-    options: Mapping[str, Any] = asdict(config)  # type: ignore[call-overload]
-    return name, dict(options), method
+    return name, asdict(config), method

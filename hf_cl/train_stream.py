@@ -91,7 +91,7 @@ def _finish(
     trained = sum(record["seconds"] for record in learner.records)
     spent = {**seconds, "training": trained, "total": time.perf_counter() - began}
     spent = {name: round(value, 1) for name, value in spent.items()}
-    spent["by_task"] = {record["name"]: record["seconds"] for record in learner.records}  # type: ignore[assignment]
+    spent["by_task"] = {record["name"]: record["seconds"] for record in learner.records}
     found = results(folder.manifest, learner.matrix, verdict, spent, tuning)
     _plot(folder, learner)
     write_atomic(folder.path / RESULTS, json_bytes(found))

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class Base:
         head: Names of the layers that are a task's own, the classifier last.
     """
 
-    model: nn.Module
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     name: str
     head: tuple[str, ...]
 

@@ -8,6 +8,7 @@ Invariant: a finished task's copy requires no gradient, whatever is set active.
 
 import copy
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,10 @@ def run_copy(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer kept in float32 below a base of any dtype; under autocast the dtype is autocast's affair."""
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(next(layer.parameters()).dtype)
-    return layer(x)  # type: ignore[no-any-return]
+    return layer(x)
 
 
-def follow_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
+def follow_labels(model: Any, labels: tuple[str, ...]) -> None:
     """Set a sequence classifier's `num_labels`, `id2label`, `label2id` and `problem_type` to a task's."""
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}

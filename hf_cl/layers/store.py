@@ -45,7 +45,7 @@ class MaskStore(nn.Module):
                 f"{self.path}: the values that tasks own are float32 and a cast would change finished tasks. "
                 f"Load the base in the wanted dtype instead, as in from_pretrained(..., dtype=torch.bfloat16)."
             )
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)
 
     def _empty(self, weight: Tensor) -> Tensor:
         return weight.detach().clone() if self.delta else torch.zeros_like(weight)

@@ -7,6 +7,7 @@ loading info calls it missing or mismatched); the family's output layers.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +42,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: Any) -> Family:
     """Return the family of a Hugging Face model by its config's `model_type`.
 
     Raises:
@@ -96,8 +97,8 @@ def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
         names = holders[id(model.get_submodule(target).weight)]
         if len(names) > 1:
             raise ConfigError(
-                f"target_modules: {target}.weight is tied, it is also {', '.join(sorted(names))}. A tied weight would be "
-                f"counted and claimed twice. Leave it out of `target_modules`, or untie it."
+                f"target_modules: {target}.weight is tied, it is also {', '.join(sorted(names))}. A tied "
+                f"weight would be counted and claimed twice. Leave it out of `target_modules`, or untie it."
             )
 
 

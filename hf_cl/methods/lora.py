@@ -135,7 +135,8 @@ class Lora(Method):
 
     def activate(self, index: int) -> None:
         """Make a task's adapter and head active."""
-        self.model.base_model.set_adapter(_adapter(index), inference_mode=True)
+        model: Any = self.model
+        model.base_model.set_adapter(_adapter(index), inference_mode=True)
         self.heads.show(index)
 
     def parts(self, index: int) -> dict[str, str]:

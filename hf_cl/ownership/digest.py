@@ -5,6 +5,7 @@ Source: FIPS 180-4 (sha256). What a digest of a task covers is decided where its
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes, row-major, little endian, without copying where it lies on the CPU already."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw: Any = flat.view(torch.uint8).numpy()
+    return memoryview(raw) if flat.numel() else memoryview(b"")
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], *parts: str) -> str:

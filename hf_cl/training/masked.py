@@ -56,7 +56,8 @@ class MaskedMethod(Method):
         """
         super().__init__(base)
         once = {name: value for name, value in (settled or {}).items() if name in ("target_modules", "scales")}
-        self.config = replace(config, head_modules=list(base.head), task_type="SEQ_CLS", **once)
+        self.config = replace(config, head_modules=list(base.head), **once)
+        self.config.task_type = "SEQ_CLS"
         self.mask_share, self.rates, self.kkt = mask_share, dict(rates or {}), kkt
         self.fingerprint = base_fingerprint(base.model, base.head)
         self._model: PeftModel | None = None
@@ -72,7 +73,8 @@ class MaskedMethod(Method):
     @property
     def tuner(self) -> MaskModel:
         """The masked base below the `PeftModel`."""
-        tuner: MaskModel = self.model.base_model  # type: ignore[assignment]
+        model: Any = self.model
+        tuner: MaskModel = model.base_model
         return tuner
 
     def settled(self) -> Settled:
@@ -165,7 +167,7 @@ class MaskedMethod(Method):
         joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
         task = {"masks": joined, "lengths": torch.tensor([len(code) for code in codes], dtype=torch.int32)}
         if self.config.trains != "nothing":
-            values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])  # type: ignore[attr-defined]
+            values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
             task["values"] = values.to(getattr(torch, self.config.values_dtype)).cpu()
         head = {name: tensor.detach().cpu() for name, tensor in self.tuner.own_tensors(adapter).items()}
         if self.kkt is not None and index in self.kkt.means:

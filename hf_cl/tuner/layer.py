@@ -42,6 +42,13 @@ class MaskLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("hfcl_scores", "hfcl_values")
     other_param_names = ("hfcl_bits", "hfcl_owned", "hfcl_inherited", "hfcl_where", "hfcl_threshold")
 
+    hfcl_bits: BufferDict
+    hfcl_owned: BufferDict
+    hfcl_inherited: BufferDict
+    hfcl_where: BufferDict
+    hfcl_threshold: BufferDict
+    live_mask: Tensor | None
+
     def __init__(self, base_layer: nn.Linear, path: str, config: MaskConfig) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
@@ -53,7 +60,6 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         for name in self.other_param_names:
             setattr(self, name, BufferDict(persistent=True))
         self.configs: dict[str, MaskConfig] = {}
-        self.live_mask: Tensor
         self.register_buffer("live_mask", None, persistent=False)
         self._where: Tensor | None = None
         self._start: Tensor | None = None
@@ -72,11 +78,10 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.hfcl_scores[adapter] = nn.Parameter(self.fresh_scores(adapter, generator))
         self.hfcl_values[adapter] = nn.Parameter(torch.zeros(self.count(adapter), device=weight.device))
         empty = torch.empty(0, device=weight.device)
-        self._buffer("hfcl_bits")[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
-        for name in ("hfcl_owned", "hfcl_inherited"):
-            self._buffer(name)[adapter] = empty.clone()
-        self._buffer("hfcl_where")[adapter] = empty.to(torch.uint8)
-        self._buffer("hfcl_threshold")[adapter] = torch.full((1,), math.nan, device=weight.device)
+        self.hfcl_bits[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
+        self.hfcl_owned[adapter], self.hfcl_inherited[adapter] = empty.clone(), empty.clone()
+        self.hfcl_where[adapter] = empty.to(torch.uint8)
+        self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=weight.device)
 
     def fresh_scores(self, adapter: str, generator: torch.Generator) -> Tensor:
         """Return new scores, float32: near zero where the sign ranks, else uniform in +-1/sqrt(fan_in)."""
@@ -86,9 +91,6 @@ class MaskLinear(nn.Module, BaseTunerLayer):
             bound = 1 / math.sqrt(weight.shape[1])
             return scores.uniform_(-bound, bound, generator=generator).to(weight.device)
         return scores.normal_(0, SCORE_STD, generator=generator).to(weight.device)
-
-    def _buffer(self, name: str) -> Any:
-        return getattr(self, name)
 
     def count(self, adapter: str) -> int:
         """Return how many entries the adapter's mask keeps in this layer."""
@@ -100,7 +102,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
 
     def phase(self, adapter: str) -> Phase:
         """Return the adapter's phase, read off its tensors."""
-        if not bool(self._buffer("hfcl_bits")[adapter].any()):
+        if not bool(self.hfcl_bits[adapter].any()):
             return "mask"
         return "weight" if self.hfcl_scores[adapter].numel() else "committed"
 
@@ -108,11 +110,11 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         """Return the adapter's mask, bool: the exact one from the claim on, before it the kept threshold's."""
         if self.phase(adapter) == "mask":
             scores = self.hfcl_scores[adapter].detach()
-            threshold = self._buffer("hfcl_threshold")[adapter]
+            threshold = self.hfcl_threshold[adapter]
             if bool(threshold.isnan()):
                 return topk_mask(scores, self.count(adapter), magnitude=self.magnitude(adapter))
             return (scores.abs() if self.magnitude(adapter) else scores) > threshold
-        return unpack(self._buffer("hfcl_bits")[adapter], self.base_layer.weight.shape)
+        return unpack(self.hfcl_bits[adapter], self.base_layer.weight.shape)
 
     # --- what the active adapter computes with ----------------------------------------------------
 
@@ -133,7 +135,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.compose()
 
     def _adapter(self) -> str | None:
-        names = self.active_adapters
+        names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
         return names[0] if names and names[0] in self.configs else None
 
     def compose(self) -> None:
@@ -160,7 +162,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         """Apply the active adapter's weight; x of shape (..., in) gives (..., out)."""
         layer, adapter = self.base_layer, self._adapter()
         if self.disable_adapters or self.merged or adapter is None:
-            return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return layer(x, *args, **kwargs)
         weight = self.store.weight
         scores, values = self.hfcl_scores[adapter], self.hfcl_values[adapter]
         if self._where is not None and self._start is not None:
@@ -195,7 +197,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
     def begin_weight_phase(self, adapter: str) -> int:
         """Fix the mask, fill the vector with the values at its trainable entries; return their number."""
         mask = self.exact_mask(adapter)
-        self._buffer("hfcl_bits")[adapter] = pack(mask)
+        self.hfcl_bits[adapter] = pack(mask)
         where = self.trainable(adapter, mask)
         with torch.no_grad():
             self.hfcl_values[adapter][: where.shape[0]] = self.store.values.view(-1)[where]
@@ -207,7 +209,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         config, trained = self.configs[adapter], None
         if self.phase(adapter) == "mask":
             mask = self.exact_mask(adapter)
-            self._buffer("hfcl_bits")[adapter] = pack(mask)
+            self.hfcl_bits[adapter] = pack(mask)
         else:
             mask = self.mask(adapter)
             where = self.trainable(adapter, mask)
@@ -238,15 +240,15 @@ class MaskLinear(nn.Module, BaseTunerLayer):
                     f"{where.shape[0]} claimed entries. Load the tasks in the order they were learned."
                 )
             self.store.values.view(-1)[where] = values.to(self.store.values.device)
-        self._buffer("hfcl_bits")[adapter] = pack(mask)
+        self.hfcl_bits[adapter] = pack(mask)
         self.store.owner = claim(self.store.owner, mask, int(self.configs[adapter].task_index or 0))
         self._finish(adapter, mask, own, values is not None)
 
     def _finish(self, adapter: str, mask: Tensor, own: Tensor, trained: bool) -> None:
         for parameters in (self.hfcl_scores, self.hfcl_values):
             parameters[adapter] = nn.Parameter(torch.empty(0, device=own.device), requires_grad=False)
-        self._buffer("hfcl_where")[adapter] = pack(own[mask])
-        self._buffer("hfcl_threshold")[adapter] = torch.full((1,), math.nan, device=own.device)
+        self.hfcl_where[adapter] = pack(own[mask])
+        self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=own.device)
         self.save_values(adapter, trained)
         if self._adapter() == adapter:
             self.compose()
@@ -256,13 +258,13 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         mask = self.mask(adapter)
         own = self.own(adapter)
         values = self.store.values[mask]
-        self._buffer("hfcl_owned")[adapter] = values[own] if trained else values[:0].clone()
-        self._buffer("hfcl_inherited")[adapter] = values[~own]
+        self.hfcl_owned[adapter] = values[own] if trained else values[:0].clone()
+        self.hfcl_inherited[adapter] = values[~own]
 
     def own(self, adapter: str) -> Tensor:
         """Return, for each entry of a finished task's mask in storage order, whether the task owns it (bool)."""
         kept = int(self.mask(adapter).count_nonzero())
-        return unpack(self._buffer("hfcl_where")[adapter], (kept,))
+        return unpack(self.hfcl_where[adapter], (kept,))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; what it owned stays where later tasks may read it."""
@@ -284,7 +286,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         where = mask.view(-1).nonzero().squeeze(1)
         owner, values = self.store.owner.view(-1), self.store.values.view(-1)
         mine, others = where[own], where[~own]
-        owned, inherited = self._buffer("hfcl_owned")[adapter], self._buffer("hfcl_inherited")[adapter]
+        owned, inherited = self.hfcl_owned[adapter], self.hfcl_inherited[adapter]
         theirs = ~((owner[mine] == FREE) | (owner[mine] == FOREIGN) | (owner[mine] == index))
         arriving = owned if owned.numel() else self.store_start(mine)
         stale = (owner[mine] != FREE) & (values[mine] != arriving)

@@ -30,7 +30,7 @@ class MaskModel(BaseTuner):
     """A base wrapped by masked adapters; made by `get_peft_model(base, MaskConfig(...))`."""
 
     prefix = "hfcl_"
-    tuner_layer_cls = (MaskLinear, OwnLayer)  # type: ignore[assignment]
+    tuner_layer_cls = (MaskLinear, OwnLayer)
     target_module_mapping: Mapping[str, list[str]] = {}
     # Adapters of one bank read one store: transformers' own adapter loading would drop it without a word.
     uses_shared_state = True
@@ -51,7 +51,7 @@ class MaskModel(BaseTuner):
             if config.task_index is not None and config.task_index == other.task_index:
                 raise ConfigError(f"task_index: {config.task_index} is taken by another adapter of this model.")
 
-    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: MaskConfig, model: Any) -> None:
         """Settle targets, head and number before anything is replaced; the first adapter settles them for all."""
         others = [other for other in self.peft_config.values() if other is not peft_config]
         if others:
@@ -79,14 +79,14 @@ class MaskModel(BaseTuner):
         self._targets = [n for n in find_targets(model, suffixes, config.head_modules) if n not in left_out]
         self._norms = find_norms(model, self._targets) if config.train_norms else []
 
-    def _check_target_module_exists(self, peft_config: MaskConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: MaskConfig, key: str) -> bool:
         return key in self._targets or key in (peft_config.head_modules or ()) or key in self._norms
 
     def _create_and_replace(
         self,
         peft_config: MaskConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
@@ -134,17 +134,18 @@ class MaskModel(BaseTuner):
         Call it between steps, never inside a forward: gradient checkpointing computes a forward twice.
         """
         layers = self.mask_layers()
-        thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])  # type: ignore[attr-defined]
+        thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])
+        masks = [layer.live_mask for layer in layers if layer.live_mask is not None]
         renewed = refresh_masks(
             [layer.hfcl_scores[adapter].detach() for layer in layers],
-            [layer.live_mask for layer in layers],
+            masks,
             thresholds,
             [layer.count(adapter) for layer in layers],
             magnitude=layers[0].magnitude(adapter),
         )
-        for layer, threshold in zip(layers, thresholds, strict=True):
-            layer.hfcl_threshold[adapter].copy_(threshold)  # type: ignore[attr-defined]
-            layer.store.show(layer.base_layer.weight, layer.live_mask)
+        for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
+            layer.hfcl_threshold[adapter].copy_(threshold)
+            layer.store.show(layer.base_layer.weight, mask)
         return renewed
 
     def phase(self, adapter: str) -> str:
@@ -162,7 +163,7 @@ class MaskModel(BaseTuner):
             if self.peft_config[adapter].trains == "mask":
                 for other in layer.configs:
                     if layer.phase(other) == "committed":
-                        layer.save_values(other, bool(layer.hfcl_owned[other].numel()))  # type: ignore[attr-defined]
+                        layer.save_values(other, bool(layer.hfcl_owned[other].numel()))
         self.finish(adapter)
 
     def finish(self, adapter: str) -> None:
@@ -216,7 +217,7 @@ class MaskModel(BaseTuner):
 
     def trained_count(self, adapter: str) -> int:
         """Return how many values of the store a finished task has trained."""
-        return sum(layer.hfcl_owned[adapter].numel() for layer in self.mask_layers())  # type: ignore[attr-defined]
+        return sum(layer.hfcl_owned[adapter].numel() for layer in self.mask_layers())
 
     def own_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the task's head and norms by layer and parameter name."""
@@ -280,4 +281,4 @@ class MaskModel(BaseTuner):
             if int(self.peft_config[adapter].task_index or 0) < before:
                 yield from ((f"{adapter}.{name}", tensor) for name, tensor in self.own_tensors(adapter).items())
                 for layer in self.mask_layers():
-                    yield f"{adapter}.{layer.path}", layer.hfcl_bits[adapter]  # type: ignore[attr-defined]
+                    yield f"{adapter}.{layer.path}", layer.hfcl_bits[adapter]

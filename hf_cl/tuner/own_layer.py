@@ -52,8 +52,8 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active copy, in its own dtype; the result has the input's."""
-        names = self.active_adapters
+        names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
         if self.disable_adapters or not names or names[0] not in self.hfcl_copy:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         out = run_copy(self.hfcl_copy[names[0]], x)
         return out.to(x.dtype) if self.is_norm else out

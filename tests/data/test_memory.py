@@ -33,13 +33,9 @@ def test_labels_are_kept_and_numbered_in_the_order_given():
 
 def test_a_column_called_text_pair_is_taken_and_another_only_by_name():
     seconds = {
-        name: split(rows, text_pair=["p"] * rows, other=["o"] * rows)
-        for name, rows in (("train", 6), ("test", 3))
+        name: split(rows, text_pair=["p"] * rows, other=["o"] * rows) for name, rows in (("train", 6), ("test", 3))
     }
-    assert (
-        task_from_datasets("pets", {**seconds, "validation": seconds["test"]}).test["text_pair"][:]
-        == ["p"] * 3
-    )
+    assert task_from_datasets("pets", {**seconds, "validation": seconds["test"]}).test["text_pair"][:] == ["p"] * 3
     named = task_from_datasets("pets", {**seconds, "validation": seconds["test"]}, text_pair="other")
     assert named.pair
     assert named.test.column_names == ["text", "text_pair", "label"]
@@ -106,9 +102,7 @@ def coded(labels, names=("no", "yes")):
 
 
 def test_names_of_a_class_label_are_taken():
-    task = task_from_datasets(
-        "pets", {"train": coded([1, 0]), "validation": coded([1]), "test": coded([0, 1])}
-    )
+    task = task_from_datasets("pets", {"train": coded([1, 0]), "validation": coded([1]), "test": coded([0, 1])})
     assert task.labels == ("no", "yes")
     assert task.test["label"][:] == [0, 1]
 
@@ -177,9 +171,7 @@ def test_rows_without_a_label_are_refused_with_their_number():
 
 def test_a_number_above_the_names_is_refused():
     test = Dataset.from_dict({"text": ["t", "t"], "label": [0, 2]})
-    with pytest.raises(
-        DataError, match=r"row 1 \(from 0\) has label 2, .* the 2 names. Labels count from 0 to 1"
-    ):
+    with pytest.raises(DataError, match=r"row 1 \(from 0\) has label 2, .* the 2 names. Labels count from 0 to 1"):
         task_from_datasets("pets", {"train": coded([0, 1]), "validation": coded([0]), "test": test})
 
 

@@ -169,9 +169,7 @@ def test_a_file_format_is_no_hub_data_set(name):
         load_task(spec(dataset=name))
 
 
-@pytest.mark.parametrize(
-    "dataset", ["https://example.org/pets", "./pets", "/pets", "a/b/c", "pets.csv", "../x"]
-)
+@pytest.mark.parametrize("dataset", ["https://example.org/pets", "./pets", "/pets", "a/b/c", "pets.csv", "../x"])
 def test_what_is_neither_local_nor_a_hub_id_is_refused(tmp_path, dataset):
     with pytest.raises(DataError, match=r"is no Hub id, and there is no file or folder"):
         load_task(spec(dataset=dataset), tmp_path)
@@ -262,9 +260,7 @@ def test_an_unreadable_file_is_refused_by_name(folder, name, content, message):
         load_task(spec(dataset=str(path)))
 
 
-@pytest.mark.parametrize(
-    ("file", "message"), [("no.csv", "there is no such file"), ("a.txt", "unknown ending '.txt'")]
-)
+@pytest.mark.parametrize(("file", "message"), [("no.csv", "there is no such file"), ("a.txt", "unknown ending '.txt'")])
 def test_a_file_that_cannot_be_taken_is_refused_by_name(tmp_path, file, message):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match=f"train file .*{file}: {message}"):

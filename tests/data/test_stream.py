@@ -109,9 +109,7 @@ def test_a_wrong_default_is_refused_with_the_place():
 
 
 def test_a_name_without_the_folder_of_streams_says_what_to_set():
-    with pytest.raises(
-        ConfigError, match=r"'two' is the name of a ready stream, but HF_CL_DATA is not set. Set it"
-    ):
+    with pytest.raises(ConfigError, match=r"'two' is the name of a ready stream, but HF_CL_DATA is not set. Set it"):
         read("two")
 
 

@@ -1,0 +1,77 @@
+"""The application: its verbs, its version, and how an error looks."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import hf_cl
+from hf_cl.cli import show
+from hf_cl.cli.eval import evaluate
+from hf_cl.cli.inspect import inspect
+from hf_cl.cli.methods import methods
+from hf_cl.cli.train import train
+from hf_cl.cli.verify import verify
+from hf_cl.errors import HfClError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Verbs(TyperGroup):
+    """The verbs. An error that this package raises on purpose becomes one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen verb."""
+        try:
+            return super().invoke(ctx)
+        except HfClError as error:
+            _fail(str(error), BAD_INPUT)
+        except OSError as error:
+            # A file of the user's; anything else is a bug, and keeps its traceback.
+            if error.filename is None or error.strerror is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}.", BAD_INPUT)
+        except KeyboardInterrupt:
+            _fail("stopped by Ctrl-C.", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"hf-cl: error: {show.plain(' '.join(message.split()))}", err=True)
+    raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    name="hf-cl",
+    cls=Verbs,
+    help="Continual learning for Hugging Face text classifiers, with a proof that nothing was forgotten.",
+    epilog="Begin with: hf-cl train quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+app.command("verify")(verify)
+app.command("methods")(methods)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-cl {hf_cl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Carry the options that belong to no verb."""
+
+
+def main() -> None:
+    """Run the command line; the entry point of `hf-cl`."""
+    app(prog_name="hf-cl")

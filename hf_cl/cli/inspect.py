@@ -1,0 +1,113 @@
+"""`hf-cl inspect`: what a run holds, read from its manifest; no model is loaded."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from hf_cl.cli import show
+from hf_cl.cli.arguments import Json, Run
+
+if TYPE_CHECKING:
+    from hf_cl.storage.run_folder import RunFolder
+
+HEAD = ("model", "dtype", "fingerprint", "stream", "method", "seed", "max_length", "training", "tuning")
+
+
+def inspect(run: Run, as_json: Json = False) -> None:
+    """Show the tasks of a run: what each costs, owns and shares, and its digest."""
+    from hf_cl.storage.run_folder import RunFolder
+
+    content = contents(RunFolder.open(run))
+    if as_json:
+        show.echo_json(content)
+    else:
+        _show(show.console(), run, content)
+
+
+def contents(folder: "RunFolder") -> dict[str, Any]:
+    """Return what a run's manifest says, as plain values."""
+    manifest = folder.manifest
+    tasks = [_task(task) for task in folder.tasks]
+    return {
+        "run": str(folder.path),
+        **{name: manifest.get(name) for name in HEAD},
+        "stream_tasks": manifest.get("stream_tasks") or [task["name"] for task in tasks],
+        "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
+        "tasks": tasks,
+    }
+
+
+def _task(task: Mapping[str, Any]) -> dict[str, Any]:
+    from hf_cl.runs import task_digest
+
+    files, facts = task["files"], dict(task["facts"])
+    return {
+        "name": task["name"],
+        "labels": len(task["labels"]),
+        "source": task["source"],
+        "bytes": int(files.get("task", {}).get("bytes", 0)),
+        "head_bytes": int(files.get("head", {}).get("bytes", 0)),
+        **facts,
+        "accuracy": task["metrics"].get(task["name"], {}).get("accuracy"),
+        "seconds": task["seconds"],
+        "digest": task_digest(task["parts"]),
+    }
+
+
+def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
+    _head(out, content)
+    if content["tasks"]:
+        _tasks(out, content)
+    place = shlex.quote(str(run))
+    if len(content["tasks"]) < len(content["stream_tasks"]):
+        left = content["stream_tasks"][len(content["tasks"]) :]
+        out.print(show.plain(f"Not finished: {', '.join(left)} to learn."), soft_wrap=True)
+        out.print(f"Next: hf-cl train {place}/recipe.yaml --output-dir {place} --resume", soft_wrap=True)
+    else:
+        out.print(f"Next: hf-cl verify {place}", soft_wrap=True)
+
+
+def _head(out: Console, content: Mapping[str, Any]) -> None:
+    method = content["method"]
+    lines = {
+        "base": f"{content['model']} ({content['dtype']}), fingerprint {show.short(content['fingerprint'])}",
+        "stream": f"{content['stream'] or '-'}: {len(content['tasks'])} of {len(content['stream_tasks'])} tasks",
+        "method": method["name"],
+        "options": _pairs(method["options"]),
+        "training": _pairs({**(content["training"] or {}), "max_length": content["max_length"]}),
+        "seed": content["seed"],
+    }
+    for name, value in lines.items():
+        out.print(show.plain(f"{name:<9} {value}"), soft_wrap=True)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items()) or "defaults"
+
+
+def _tasks(out: Console, content: Mapping[str, Any]) -> None:
+    from hf_cl.cli.report import kkt_source
+
+    tasks, names = content["tasks"], [task["name"] for task in content["tasks"]]
+    columns = ["task", "labels", "source", "accuracy", "time", "digest"]
+    rows = [
+        [task["name"], task["labels"], task["source"], show.figure(task["accuracy"])]
+        + [show.seconds(task["seconds"]), show.short(task["digest"])]
+        for task in tasks
+    ]
+    out.print(show.table("Tasks", columns, rows))
+    columns = ["task", "mask and values", "head", "density", "overlap", "cells", "trainable share"]
+    columns += ["capacity used", "KKT start"]
+    rows = [
+        [task["name"], show.size(task["bytes"]), show.size(task["head_bytes"])]
+        + [show.share(task.get("density")), show.share(task.get("overlap")), show.count(task.get("trainable"))]
+        + [show.share(task.get("trainable_share")), show.share(task.get("capacity_used"))]
+        + [kkt_source(task, names) or "-"]
+        for task in tasks
+    ]
+    out.print(show.table("What each task costs", columns, rows))
+    if content["bytes_shared"]:
+        out.print(f"shared by all tasks: {show.size(content['bytes_shared'])}")

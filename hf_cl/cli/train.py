@@ -1,0 +1,59 @@
+"""`hf-cl train`: learn a recipe's stream into a run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_cl.cli import show
+from hf_cl.cli.arguments import Json
+from hf_cl.errors import ConfigError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change the recipe, as in training.learning_rate=1e-3, stream=clinc10 or method=supsup.",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a recipe's tasks one after another, and prove that none has changed an earlier one."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite: one goes on with a run, the other removes it. Give one of them.")
+    from hf_cl import recipe as recipes
+
+    path = recipes.find(recipe)
+    checked = recipes.load(recipe, overrides or ())
+    run = output_dir or Path("runs") / path.stem
+    progress = show.console(err=as_json)
+
+    from hf_cl.cli.kept_recipe import KeptRecipe
+    from hf_cl.cli.quiet import libraries
+    from hf_cl.cli.report import report
+    from hf_cl.train_stream import run_stream
+
+    kept = KeptRecipe(checked, run)
+
+    def tell(line: str) -> None:
+        kept.keep()
+        progress.print(show.plain(line), soft_wrap=True)
+
+    try:
+        with libraries():
+            found = run_stream(checked, run, resume=resume, overwrite=overwrite, progress=tell)
+    finally:
+        kept.keep()
+    if as_json:
+        show.echo_json(found)
+    else:
+        report(show.console(), run, found)
