@@ -21,7 +21,7 @@ def evaluate(
     model: Model = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="The recipe that says where the rows are.", show_default=f"RUN/{NAME}"),
+        typer.Option(metavar="RECIPE", help=f"Where the rows are; by default RUN/{NAME}.", show_default=False),
     ] = None,
 ) -> None:
     """Measure every task of a run again from its files, beside what was recorded at the end of the run."""
@@ -98,9 +98,8 @@ def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
     rows = []
     for task in content["tasks"]:
         metrics = task["metrics"]
-        row = [task["name"], *(f"{metrics[name]:.4f}" for name in ("accuracy", "macro_f1", "loss"))]
-        recorded = task["recorded"].get("accuracy")
-        rows.append([*row, "-" if recorded is None else f"{recorded:.4f}", "yes" if task["equal"] else "NO"])
+        row = [task["name"], *(show.accuracy(metrics[name]) for name in ("accuracy", "macro_f1", "loss"))]
+        rows.append([*row, show.accuracy(task["recorded"].get("accuracy")), "yes" if task["equal"] else "NO"])
     columns = ["task", "accuracy", "macro F1", "loss", "accuracy recorded", "equal"]
     out.print(show.table("Test rows, measured again from the saved files", columns, rows))
     mean = sum(task["metrics"]["accuracy"] for task in content["tasks"]) / len(content["tasks"])

@@ -89,25 +89,39 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _tasks(out: Console, content: Mapping[str, Any]) -> None:
-    from hf_cl.cli.report import kkt_source
-
-    tasks, names = content["tasks"], [task["name"] for task in content["tasks"]]
+    tasks = content["tasks"]
     columns = ["task", "labels", "source", "accuracy", "time", "digest"]
-    rows = [
-        [task["name"], task["labels"], task["source"], show.figure(task["accuracy"])]
-        + [show.seconds(task["seconds"]), show.short(task["digest"])]
-        for task in tasks
-    ]
-    out.print(show.table("Tasks", columns, rows))
+    out.print(show.table("Tasks", columns, [_learned(task) for task in tasks]))
     columns = ["task", "mask and values", "head", "density", "overlap", "cells", "trainable share"]
     columns += ["capacity used", "KKT start"]
-    rows = [
-        [task["name"], show.size(task["bytes"]), show.size(task["head_bytes"])]
-        + [show.share(task.get("density")), show.share(task.get("overlap")), show.count(task.get("trainable"))]
-        + [show.share(task.get("trainable_share")), show.share(task.get("capacity_used"))]
-        + [kkt_source(task, names) or "-"]
-        for task in tasks
-    ]
-    out.print(show.table("What each task costs", columns, rows))
+    names = [task["name"] for task in tasks]
+    out.print(show.table("What each task costs", columns, [_cost(task, names) for task in tasks]))
     if content["bytes_shared"]:
         out.print(f"shared by all tasks: {show.size(content['bytes_shared'])}")
+
+
+def _learned(task: Mapping[str, Any]) -> list[object]:
+    return [
+        task["name"],
+        task["labels"],
+        task["source"],
+        show.accuracy(task["accuracy"]),
+        show.seconds(task["seconds"]),
+        show.short(task["digest"]),
+    ]
+
+
+def _cost(task: Mapping[str, Any], names: list[str]) -> list[object]:
+    from hf_cl.cli.report import kkt_source
+
+    return [
+        task["name"],
+        show.size(task["bytes"]),
+        show.size(task["head_bytes"]),
+        show.share(task.get("density")),
+        show.share(task.get("overlap")),
+        show.count(task.get("trainable")),
+        show.share(task.get("trainable_share")),
+        show.share(task.get("capacity_used")),
+        kkt_source(task, names) or "-",
+    ]

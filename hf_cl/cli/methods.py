@@ -17,7 +17,7 @@ FOLDER = "methods"
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="List this method's options.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="List this method's options.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -91,4 +91,4 @@ def _show_one(out: Console, content: dict[str, Any]) -> None:
     for column in table.columns:
         column.justify = "left"
     out.print(table)
-    out.print(f"Use one as: hf-cl train RECIPE method.name={content['name']} method.OPTION=VALUE", soft_wrap=True)
+    out.print(f"Use one as: hf-cl train RECIPE method={content['name']} method.OPTION=VALUE", soft_wrap=True)

@@ -87,6 +87,11 @@ def figure(value: float | None) -> str:
     return "0 (exactly)" if value == 0 else f"{value:.4f}"
 
 
+def accuracy(value: float | None) -> str:
+    """Return an accuracy."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def seconds(value: float | None) -> str:
     """Return a duration."""
     if value is None:

@@ -15,13 +15,13 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Change the recipe, as in training.learning_rate=1e-3, stream=clinc10 or method=supsup.",
             show_default=False,
         ),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>")
+        Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/RECIPE.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
