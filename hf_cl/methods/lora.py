@@ -124,7 +124,7 @@ class Lora(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the guard against non-finite gradients."""
-        return [FiniteGradients()]
+        return [FiniteGradients(self.heads.parameters(max(self.heads.labels)))]
 
     def commit(self, index: int) -> None:
         """Round the adapter to bf16, and freeze it with its head."""

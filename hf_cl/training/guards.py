@@ -42,8 +42,12 @@ def refuse_sharding(args: TrainingArguments) -> None:
 class FiniteGradients(TrainerCallback):
     """Stops at the first step whose gradients are not finite; for methods without masks."""
 
+    def __init__(self, head: Iterable[nn.Parameter]) -> None:
+        """Watch the active head's parameters: a loss that is not finite shows there, and they are few."""
+        self.head = list(head)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check all trainable parameters' gradients."""
-        require_finite((p for p in kwargs["model"].parameters() if p.requires_grad), state.global_step)
+        """Check the head's gradients."""
+        require_finite(self.head, state.global_step)

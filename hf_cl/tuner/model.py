@@ -35,6 +35,9 @@ class MaskModel(BaseTuner):
     # Adapters of one bank read one store: transformers' own adapter loading would drop it without a word.
     uses_shared_state = True
 
+    _layers: list[MaskLinear] | None = None
+    """The masked linears, found once: walking all modules at each step costs more than its arithmetic."""
+
     # --- injection --------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
@@ -106,6 +109,7 @@ class MaskModel(BaseTuner):
             peft_config.scales = {**(peft_config.scales or {}), layer.path: layer.store.scale}
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+            self._layers = None
 
     def _path(self, key: str) -> str:
         """Return a module's name below `base_model_prefix`, the same for every class of one family."""
@@ -122,7 +126,9 @@ class MaskModel(BaseTuner):
 
     def mask_layers(self) -> list[MaskLinear]:
         """Return the masked linears in the model's order."""
-        return [module for module in self.model.modules() if isinstance(module, MaskLinear)]
+        if self._layers is None:
+            self._layers = [module for module in self.model.modules() if isinstance(module, MaskLinear)]
+        return self._layers
 
     def own_layers(self) -> list[OwnLayer]:
         """Return the layers that tasks have to themselves, in the model's order."""
