@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Set SETUP=no to use an environment that is ready (CI does).
 SETUP ?= yes
 
-.PHONY: quickstart test check slow install clean
+.PHONY: quickstart test check slow results install clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_floors.py
+
+results: install
+	$(BIN)/python scripts/make_results.py
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -313,3 +313,41 @@ def test_numbers_are_in_units_a_person_thinks_in():
     assert [show.size(number) for number in (0, 999, 107_264, 5_300_000)] == ["0 B", "999 B", "107.3 kB", "5.3 MB"]
     assert [show.figure(number) for number in (0.0, -0.0, 0.0000001, None)] == ["0 (exactly)"] * 2 + ["0.0000", "-"]
     assert [show.seconds(number) for number in (3.21, 125.0)] == ["3.2 s", "2 min 5 s"]
+
+
+def test_a_narrow_terminal_breaks_long_texts_but_no_number_or_digest(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [["a task with a long name", "local:somewhere far away indeed", "0.5000", "0123456789abcdef"]]
+    show.console().print(show.table("title", ["task", "source", "accuracy", "digest"], rows))
+    said = capsys.readouterr().out
+    assert "0.5000" in said
+    assert "0123456789abcdef" in said
+    assert "indeed" in said
+
+
+def test_ctrl_c_while_training_keeps_what_is_finished_and_says_how_to_go_on(place, tmp_path, monkeypatch):
+    from hf_cl.learner import ContinualLearner
+
+    learn = ContinualLearner.learn
+
+    def stop_at_the_second(learner, task):
+        if learner.tasks:
+            raise KeyboardInterrupt
+        return learn(learner, task)
+
+    monkeypatch.setattr(ContinualLearner, "learn", stop_at_the_second)
+    result = call("train", place / "tiny.yaml", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "--resume" in result.stdout
+    assert [task["name"] for task in RunFolder.open(tmp_path / "run").tasks] == ["pets"]
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+
+
+def test_a_method_that_forgets_is_reported_as_moved(place, tmp_path):
+    run = tmp_path / "run"
+    said = call("train", place / "tiny.yaml", "method=finetune", "--output-dir", run)
+    assert said.exit_code == 0, said.output
+    assert "MOVED" in said.stdout
+    assert "exact: no" in said.stdout
+    assert call("verify", run).exit_code == 1
+    assert call("eval", run).exit_code == 0

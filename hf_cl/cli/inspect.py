@@ -92,10 +92,12 @@ def _tasks(out: Console, content: Mapping[str, Any]) -> None:
     tasks = content["tasks"]
     columns = ["task", "labels", "source", "accuracy", "time", "digest"]
     out.print(show.table("Tasks", columns, [_learned(task) for task in tasks]))
-    columns = ["task", "mask and values", "head", "density", "overlap", "cells", "trainable share"]
-    columns += ["capacity used", "KKT start"]
-    names = [task["name"] for task in tasks]
-    out.print(show.table("What each task costs", columns, [_cost(task, names) for task in tasks]))
+    columns = ["task", "mask and values", "head", "claimed or trained cells"]
+    out.print(show.table("What each task costs", columns, [_cost(task) for task in tasks]))
+    if any(task.get("density") is not None for task in tasks):
+        names = [task["name"] for task in tasks]
+        columns = ["task", "density", "overlap", "trainable share", "capacity used", "KKT start"]
+        out.print(show.table("Its mask, when it was learned", columns, [_mask(task, names) for task in tasks]))
     if content["bytes_shared"]:
         out.print(f"shared by all tasks: {show.size(content['bytes_shared'])}")
 
@@ -111,16 +113,17 @@ def _learned(task: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def _cost(task: Mapping[str, Any], names: list[str]) -> list[object]:
+def _cost(task: Mapping[str, Any]) -> list[object]:
+    return [task["name"], show.size(task["bytes"]), show.size(task["head_bytes"]), show.count(task.get("trainable"))]
+
+
+def _mask(task: Mapping[str, Any], names: list[str]) -> list[object]:
     from hf_cl.cli.report import kkt_source
 
     return [
         task["name"],
-        show.size(task["bytes"]),
-        show.size(task["head_bytes"]),
         show.share(task.get("density")),
         show.share(task.get("overlap")),
-        show.count(task.get("trainable")),
         show.share(task.get("trainable_share")),
         show.share(task.get("capacity_used")),
         kkt_source(task, names) or "-",

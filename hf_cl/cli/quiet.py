@@ -23,4 +23,6 @@ def libraries() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         # Accelerate asks for pinned memory also where there is no accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+        # PEFT asks transformers by a name that transformers has since changed; nobody here can act on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

@@ -24,6 +24,8 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 PIPE_WIDTH = 120
 DIGITS = 16
 """Characters of a digest that are shown."""
+NARROWEST = 8
+"""Characters to which a column of long texts may shrink."""
 
 
 def console(*, err: bool = False) -> Console:
@@ -51,10 +53,14 @@ def plain(text: object) -> str:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """Return a table; the first column is text and stands left, the others stand right."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    cells = [[plain(cell) for cell in row] for row in rows]
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(plain(cell) for cell in row))
+        longest = max((len(row[number]) for row in cells), default=0)
+        # Numbers and digests are never broken, however narrow the terminal; longer texts are.
+        least = longest if longest <= DIGITS else NARROWEST
+        made.add_column(column, justify="right" if number else "left", overflow="fold", min_width=least)
+    for row in cells:
+        made.add_row(*row)
     return made
 
 

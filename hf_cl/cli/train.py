@@ -51,6 +51,9 @@ def train(
     try:
         with libraries():
             found = run_stream(checked, run, resume=resume, overwrite=overwrite, progress=tell)
+    except KeyboardInterrupt:
+        progress.print("Finished tasks are kept. Go on with the same command and --resume.", soft_wrap=True)
+        raise
     finally:
         kept.keep()
     if as_json:
