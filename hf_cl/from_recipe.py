@@ -21,7 +21,7 @@ def build_learner(recipe: Checked, output_dir: Path, compute_metrics: ComputeMet
         output_dir: Below it the Trainer keeps its files, in `trainer/`.
         compute_metrics: The user's own metrics.
     """
-    base = load_base(recipe.model.name, dtype=recipe.model.dtype)
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, head=recipe.model.head)
     args = training_arguments(recipe.training, output_dir / "trainer")
     return ContinualLearner(
         base, None, recipe.options, args, max_length=recipe.max_length, compute_metrics=compute_metrics

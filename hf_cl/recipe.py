@@ -31,7 +31,7 @@ SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recip
 class Recipe:
     """A whole run. Blocks are kept as plain values; `check` reads them strictly."""
 
-    model: str | dict[str, Any] = option(help="Hub id or folder; or a mapping with `name` and `dtype`.")
+    model: str | dict[str, Any] = option(help="Hub id or folder; or a mapping with `name`, `dtype`, `head`.")
     stream: str | dict[str, Any] | list[Any] = option(help="Name in $HF_CL_DATA/streams.json, or tasks.")
     method: str | dict[str, Any] = option(help="A method's name, or a mapping with `name` and its options.")
     training: dict[str, Any] = option({}, help="Arguments of transformers' TrainingArguments, and `max_length`.")
@@ -44,6 +44,7 @@ class ModelBlock:
 
     name: str = option(help="Hub id or folder.")
     dtype: str = option("float32", help="Precision of the base.", choices=("float32", "bfloat16"))
+    head: tuple[str, ...] | None = option(None, help="Layers that are each task's own, the classifier last.")
 
 
 @dataclasses.dataclass(frozen=True)

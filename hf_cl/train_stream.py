@@ -65,6 +65,7 @@ def run_stream(
     elif folder is not None:
         recipe = _chosen(recipe, folder)
     learner = build_learner(recipe, output_dir, compute_metrics)
+    progress(f"{recipe.method} on {recipe.model.name}; each task has its own {', '.join(learner.base.head)}")
     if folder is None:
         folder = RunFolder.create(output_dir, _header(recipe, specs, learner, tuning), overwrite=overwrite)
     else:

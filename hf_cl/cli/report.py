@@ -30,6 +30,7 @@ def report(out: Console, run: Path, found: Mapping[str, Any]) -> None:
     """
     out.print()
     _figures(out, found)
+    out.print()
     out.print(_costs(found))
     _capacity(out, found)
     out.print(_proof(found))
@@ -66,7 +67,7 @@ def _capacity(out: Console, found: Mapping[str, Any]) -> None:
     if found["bytes_shared"]:
         out.print(f"shared by all tasks: {show.size(found['bytes_shared'])}")
     if found["capacity_used"] is not None:
-        out.print(f"capacity used: {show.share(found['capacity_used'])} of the masked cells are owned")
+        out.print(f"capacity used: {show.share(found['capacity_used'])} of the store has an owner")
 
 
 def _proof(found: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,8 +25,8 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 PIPE_WIDTH = 120
 DIGITS = 16
 """Characters of a digest that are shown."""
-NARROWEST = 8
-"""Characters to which a column of long texts may shrink."""
+HEADING = 16
+"""Characters of a heading that stand on one line over narrower cells."""
 
 
 def console(*, err: bool = False) -> Console:
@@ -57,8 +58,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for number, column in enumerate(columns):
         longest = max((len(row[number]) for row in cells), default=0)
         # Numbers and digests are never broken, however narrow the terminal; longer texts are.
-        least = longest if longest <= DIGITS else NARROWEST
-        made.add_column(column, justify="right" if number else "left", overflow="fold", min_width=least)
+        whole = longest <= DIGITS
+        heading = textwrap.fill(column, max(longest, HEADING)) if whole else column
+        made.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in cells:
         made.add_row(*row)
     return made

@@ -14,7 +14,7 @@ from hf_cl.config import option
 from hf_cl.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
-# A task's name becomes a folder's name in a run, so it must not be able to leave that folder.
+# No path is ever made of a task's name; this keeps it one line in a table, a log and a terminal.
 NAME = re.compile(r"\w[\w .-]*")
 
 
@@ -59,7 +59,7 @@ class TaskSpec:
         if not NAME.fullmatch(self.name):
             raise ConfigError(
                 f"Task {self.name!r}: a name starts with a letter, digit or underscore, and goes on with "
-                "these, blanks, dots and hyphens, because it names a folder. Choose another."
+                "these, blanks, dots and hyphens. Choose another."
             )
         _check_numbers(self)
         _check_splits(self)

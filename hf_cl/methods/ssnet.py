@@ -40,7 +40,9 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         trains="mask",
         seed=seed,
     )
-    rates = {"scores": options.scores_learning_rate, "values": options.values_learning_rate}
-    if options.head_learning_rate is not None:
-        rates["head"] = options.head_learning_rate
+    rates = {
+        "scores": options.scores_learning_rate,
+        "values": options.values_learning_rate,
+        "head": options.head_learning_rate,
+    }
     return MaskedMethod(base, config, settled=settled, mask_share=options.mask_share, rates=rates)

@@ -39,7 +39,5 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         train_norms=options.train_norms,
         seed=seed,
     )
-    rates = {"scores": options.scores_learning_rate}
-    if options.head_learning_rate is not None:
-        rates["head"] = options.head_learning_rate
+    rates = {"scores": options.scores_learning_rate, "head": options.head_learning_rate}
     return MaskedMethod(base, config, settled=settled, rates=rates)

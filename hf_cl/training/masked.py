@@ -41,7 +41,7 @@ class MaskedMethod(Method):
         *,
         settled: Settled | None = None,
         mask_share: float = 1.0,
-        rates: Mapping[str, float] | None = None,
+        rates: Mapping[str, float | None] | None = None,
         kkt: KKT | None = None,
     ) -> None:
         """Wrap a base.
@@ -51,14 +51,15 @@ class MaskedMethod(Method):
             config: Every adapter's options; labels and number are filled in a task.
             settled: What an earlier process computed once: targets, head and scales.
             mask_share: Share of a task's steps that train its mask.
-            rates: Learning rates of `scores`, `values`, `head`.
+            rates: Learning rates of `scores`, `values`, `head`; None is the training arguments' own.
             kkt: The start; None begins fresh.
         """
         super().__init__(base)
         once = {name: value for name, value in (settled or {}).items() if name in ("target_modules", "scales")}
         self.config = replace(config, head_modules=list(base.head), **once)
         self.config.task_type = "SEQ_CLS"
-        self.mask_share, self.rates, self.kkt = mask_share, dict(rates or {}), kkt
+        self.rates = {role: rate for role, rate in (rates or {}).items() if rate is not None}
+        self.mask_share, self.kkt = mask_share, kkt
         self.fingerprint = base_fingerprint(base.model, base.head)
         self._model: PeftModel | None = None
         self._callback: OwnershipCallback | None = None

@@ -25,8 +25,8 @@ def test_a_misspelt_option_proposes_the_right_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "../up"}, r"'\.\./up'.*names a folder.*Choose another"),
-        ({"name": ""}, "names a folder"),
+        ({"name": "../up"}, r"'\.\./up'.*Choose another"),
+        ({"name": ""}, "Choose another"),
         ({"max_train": 0}, "`max_train` is 0; give 1 or more"),
         ({"max_test": -1}, "`max_test` is -1"),
         ({"seed": -1}, "`seed` is -1; give 0 or more"),
