@@ -61,7 +61,7 @@ def run_stream(
         RunFolder.require_place(output_dir, overwrite=overwrite)
     tuning = folder.manifest["tuning"] if folder is not None else None
     if recipe.tuning and folder is None:
-        recipe, tuning = tune(recipe, tasks, output_dir, progress)
+        recipe, tuning = tune(recipe, tasks, progress)
     elif folder is not None:
         recipe = _chosen(recipe, folder)
     learner = build_learner(recipe, output_dir, compute_metrics)

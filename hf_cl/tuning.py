@@ -1,6 +1,7 @@
 """Choosing options as the protocol says: on validation rows of the first two tasks, the same for every method."""
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,15 +17,12 @@ TUNING_TASKS = 2
 Progress = Callable[[str], None]
 
 
-def tune(
-    recipe: Checked, tasks: Sequence[Task], output_dir: Path, progress: Progress
-) -> tuple[Checked, dict[str, Any]]:
+def tune(recipe: Checked, tasks: Sequence[Task], progress: Progress) -> tuple[Checked, dict[str, Any]]:
     """Choose options on the validation rows of the stream's first two tasks, one key after another.
 
     Args:
         recipe: Its `tuning` block gives the keys and values; a key keeps its best value for the next.
         tasks: The stream's tasks; only the first two are looked at, and never their test rows.
-        output_dir: For the Trainer's files.
         progress: Told each trial.
 
     Returns:
@@ -39,7 +37,7 @@ def tune(
             trial = {**chosen, key: value}
             name = json.dumps(trial, sort_keys=True)
             if name not in seen:
-                seen[name] = _score(apply(recipe, trial), tasks[:TUNING_TASKS], output_dir)
+                seen[name] = _score(apply(recipe, trial), tasks[:TUNING_TASKS])
                 trials.append({"options": trial, "validation_accuracy": seen[name]})
                 progress(f"tuning {name}: validation accuracy {seen[name]:.4f}")
             scores.append(seen[name])
@@ -61,9 +59,10 @@ def apply(recipe: Checked, values: Mapping[str, Any]) -> Checked:
     return replace(recipe, options=read(module.Options, options, "recipe.tuning"), training=training)
 
 
-def _score(recipe: Checked, tasks: Sequence[Task], output_dir: Path) -> float:
+def _score(recipe: Checked, tasks: Sequence[Task]) -> float:
     """Return the mean validation accuracy of the tasks after the last of them is learned."""
-    learner = build_learner(recipe, output_dir)
-    for task in tasks:
-        learner.learn(replace(task, test=task.validation))
+    with tempfile.TemporaryDirectory() as scratch:
+        learner = build_learner(recipe, Path(scratch))
+        for task in tasks:
+            learner.learn(replace(task, test=task.validation))
     return float(learner.matrix.average_accuracy or 0.0)
