@@ -52,13 +52,18 @@ def read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     read_values = {}
     for name, field in fields.items():
         if name in values:
-            read_values[name] = _value(values[name], hints[name], field, f"{where}.{name}")
+            read_values[name] = read_option(values[name], hints[name], field, f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: key {name!r} is missing. {field.metadata.get('help', '')}")
     return cls(**read_values)
 
 
-def _value(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> Any:
+def read_option(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> Any:
+    """Return one option's value, as its field's type hint and choices allow.
+
+    Raises:
+        ConfigError: The value has the wrong type or is no allowed choice.
+    """
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if float in plain and int not in plain:

@@ -10,9 +10,9 @@ Dotted keys override (`training.learning_rate=1e-3`), `stream=NAME` replaces the
 whole method block by that method's defaults.
 """
 
-import contextlib
 import dataclasses
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import yaml
 
 from hf_cl import plugins
-from hf_cl.config import did_you_mean, option, read
+from hf_cl.config import did_you_mean, option, read, read_option
 from hf_cl.errors import ConfigError
 
 SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
 """Where recipes lie: in a wheel, and in a checkout."""
+POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,11 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Checked:
         key, found, value = text.partition("=")
         if not found:
             raise ConfigError(f"override {text!r}: expected key=value, as in training.learning_rate=1e-3.")
-        values = override(values, key, yaml.safe_load(value))
+        try:
+            read_value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: {value!r} is no YAML value ({error}).") from error
+        values = override(values, key, read_value)
     return check(values, path.parent)
 
 
@@ -165,16 +170,20 @@ def check(values: Mapping[str, Any], root: Path) -> Checked:
 
 
 def _check_training(training: dict[str, Any]) -> dict[str, Any]:
+    """Read the training block by the types of TrainingArguments' own fields, before a base is loaded."""
     from transformers import TrainingArguments
 
+    where = "recipe.training"
     known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    hints = typing.get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in known:
-            raise ConfigError(f"recipe.training: unknown key {key!r}.{did_you_mean(key, [*known, 'max_length'])}")
-        if isinstance(value, str) and "e" in value.lower():
-            # YAML 1.1 reads 1e-3 as a string.
-            with contextlib.suppress(ValueError):
-                training[key] = float(value)
+            raise ConfigError(f"{where}: unknown key {key!r}.{did_you_mean(key, [*known, 'max_length'])}")
+        if key == "output_dir":
+            raise ConfigError(f"{where}.output_dir: a run's files lie in its own folder. Use --output-dir.")
+        training[key] = read_option(value, hints[key], known[key], f"{where}.{key}")
+        if key in POSITIVE and training[key] is not None and not training[key] > 0:
+            raise ConfigError(f"{where}.{key}: expected a number above 0, found {value!r}.")
     return training
 
 

@@ -9,7 +9,7 @@ from hf_cl import plugins
 from hf_cl.config import read
 from hf_cl.errors import BaseModelError, RunError
 from hf_cl.layers.base import Base, base_fingerprint, load_base
-from hf_cl.ownership.digest import digest
+from hf_cl.ownership.digest import task_digest
 from hf_cl.proof import probe_digest
 from hf_cl.storage.run_folder import RunFolder
 from hf_cl.training.masked import MaskedMethod
@@ -40,11 +40,6 @@ class Verdict:
         return all(task["same_logits"] for task in self.tasks)
 
 
-def task_digest(parts: Mapping[str, str]) -> str:
-    """Return one digest for all parts a task's forward reads."""
-    return digest((), *(f"{part}={parts[part]}" for part in sorted(parts)))
-
-
 def build_method(manifest: Mapping[str, Any], base: Base) -> Method:
     """Return the run's method on a base, with nothing learned yet.
 
@@ -66,19 +61,19 @@ def build_method(manifest: Mapping[str, Any], base: Base) -> Method:
     return method
 
 
-def open_run(path: Path, base: Base | None = None) -> tuple[RunFolder, Base, Method]:
+def open_run(path: Path, base: Base | str | None = None) -> tuple[RunFolder, Base, Method]:
     """Restore a run's model from its files.
 
     Args:
         path: The run folder.
-        base: The base; None loads the one the run names.
+        base: The base, or where it lies now; None loads the one the run names.
 
     Raises:
         RunError: A file is missing or not what the manifest says.
         BaseModelError: The base is another than the run's.
     """
     folder = RunFolder.open(path)
-    base = base or _load(folder)
+    base = base if isinstance(base, Base) else _load(folder, base)
     method = build_method(folder.manifest, base)
     for index, task in enumerate(folder.tasks):
         method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index)))
@@ -87,24 +82,24 @@ def open_run(path: Path, base: Base | None = None) -> tuple[RunFolder, Base, Met
     return folder, base, method
 
 
-def _load(folder: RunFolder) -> Base:
+def _load(folder: RunFolder, name: str | None) -> Base:
     head = (folder.manifest.get("settled") or {}).get("head_modules")
-    return load_base(folder.manifest["model"], dtype=folder.manifest.get("dtype", "float32"), head=head)
+    return load_base(name or folder.manifest["model"], dtype=folder.manifest.get("dtype", "float32"), head=head)
 
 
-def verify(path: Path, base: Base | None = None) -> Verdict:
+def verify(path: Path, base: Base | str | None = None) -> Verdict:
     """Compute every finished task's digests from the saved files, and compare them with those at its commit.
 
     Args:
         path: The run folder.
-        base: The base; None loads the one the run names.
+        base: The base, or where it lies now; None loads the one the run names.
 
     Raises:
         RunError: There is no run, or a file is missing altogether.
         BaseModelError: The base is another than the run's.
     """
     folder = RunFolder.open(path)
-    base = base or _load(folder)
+    base = base if isinstance(base, Base) else _load(folder, base)
     method = build_method(folder.manifest, base)
     verdict = Verdict(files=folder.changed_files())
     unreadable: dict[int, str] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_cl import plugins
 from hf_cl.config import read
-from hf_cl.data import TaskSpec, load_task, read_stream
+from hf_cl.data import TaskSpec, load_task, read_stream, spec_values
 from hf_cl.errors import ConfigError, RunError
 from hf_cl.from_recipe import build_learner
 from hf_cl.learner import ContinualLearner
@@ -129,12 +129,17 @@ def _header(
 ) -> dict[str, Any]:
     return {
         **learner.header(),
-        "model": recipe.model.name,
+        "model": _lasting(recipe.model.name),
         "stream": stream_name(recipe.stream),
-        "stream_tasks": [spec.name for spec in specs],
+        "stream_tasks": [spec_values(spec) for spec in specs],
         "training": recipe.training,
         "tuning": tuning,
     }
+
+
+def _lasting(model: str) -> str:
+    """Return a Hub id as it is, and a local folder so that it is found from anywhere on this machine."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def stream_name(stream: Any) -> str:
@@ -154,13 +159,14 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFold
         return None
     folder = RunFolder.open(path)
     ours = {
-        "model": recipe.model.name,
-        "stream_tasks": [spec.name for spec in specs],
+        "model": _lasting(recipe.model.name),
         "training": recipe.training,
         "max_length": recipe.max_length,
     }
     theirs = folder.manifest
     different = [name for name, value in ours.items() if not recipe.tuning and theirs.get(name) != value]
+    if _what(theirs["stream_tasks"]) != _what([spec_values(spec) for spec in specs]):
+        different.append("stream")
     if theirs["method"]["name"] != recipe.method:
         different.append("method")
     elif not recipe.tuning and theirs["method"]["options"] != asdict(recipe.options):
@@ -171,6 +177,11 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFold
             f"choose another --output-dir."
         )
     return folder
+
+
+def _what(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what tasks are, wherever their files lie now."""
+    return [{key: value for key, value in spec.items() if key not in ("dataset", "data_files")} for spec in specs]
 
 
 def _chosen(recipe: Checked, folder: RunFolder) -> Checked:

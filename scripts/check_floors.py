@@ -22,7 +22,7 @@ FLOORS = (
     ("runs", "results", "recipe"),
     ("learner",),
     ("from_recipe",),
-    ("tuning",),
+    ("tuning", "evaluate_run"),
     ("train_stream",),
     ("cli",),
     ("__main__",),

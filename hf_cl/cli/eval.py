@@ -1,18 +1,19 @@
 """`hf-cl eval`: measure every task of a run again, from its files, on its test rows."""
 
 import shlex
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from hf_cl.cli import show
-from hf_cl.cli.arguments import Json, Model, Run, base_at
-from hf_cl.cli.kept_recipe import NAME
-from hf_cl.errors import DataError, RunError
+from hf_cl.cli.arguments import Json, Model, Run
+from hf_cl.errors import RunError
+
+if TYPE_CHECKING:
+    from hf_cl.data import TaskSpec
 
 
 def evaluate(
@@ -21,7 +22,9 @@ def evaluate(
     model: Model = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help=f"Where the rows are; by default RUN/{NAME}.", show_default=False),
+        typer.Option(
+            metavar="RECIPE", help="Where the rows are now; by default where the run found them.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure every task of a run again from its files, beside what was recorded at the end of the run."""
@@ -30,7 +33,9 @@ def evaluate(
 
     recorded = _recorded(RunFolder.open(run).tasks, run)
     with libraries():
-        measured = dict(_measure(run, recipe or _own_recipe(run), base_at(run, model)))
+        from hf_cl.evaluate_run import evaluate_run
+
+        measured = evaluate_run(run, model, _specs(recipe) if recipe else None)
     tasks = [
         {
             "name": name,
@@ -54,44 +59,13 @@ def _recorded(tasks: list[dict[str, Any]], run: Path) -> dict[str, dict[str, flo
     return {task["name"]: tasks[-1]["metrics"].get(task["name"], {}) for task in tasks}
 
 
-def _own_recipe(run: Path) -> str:
-    file = run / NAME
-    if not file.is_file():
-        raise RunError(f"{run}: there is no {NAME} that says where the rows are. Give the run's --recipe.")
-    return str(file)
-
-
-def _measure(run: Path, recipe: str, base: Any) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield each task's name and its metrics on its test rows, in the order of the stream."""
+def _specs(recipe: str) -> "tuple[TaskSpec, ...]":
+    """Return the tasks of another recipe than the run's own."""
     from hf_cl import recipe as recipes
-    from hf_cl import runs
-    from hf_cl.data import collator, load_task, read_stream, tokenise
-    from hf_cl.from_recipe import training_arguments
-    from hf_cl.training.evaluation import evaluate as measure
+    from hf_cl.data import read_stream
 
     checked = recipes.load(recipe)
-    stream = read_stream(checked.stream, data_dir=recipes.data_dir(), root=checked.root)
-    specs = {spec.name: spec for spec in stream}
-    folder, base, method = runs.open_run(run, base)
-    with tempfile.TemporaryDirectory() as scratch:
-        args = training_arguments(folder.manifest.get("training") or {}, Path(scratch))
-        for index, record in enumerate(folder.tasks):
-            name = record["name"]
-            if name not in specs:
-                raise DataError(f"{recipe}: its stream has no task {name!r}, which {run} learned. Give the --recipe.")
-            task = load_task(specs[name], checked.root)
-            _require_labels(task.labels, record, recipe)
-            rows = tokenise(task, base.tokenizer, folder.manifest["max_length"])
-            method.activate(index)
-            yield name, measure(method.model, rows["test"], collator(base.tokenizer), args)
-
-
-def _require_labels(labels: tuple[str, ...], record: Mapping[str, Any], recipe: str) -> None:
-    if list(labels) != list(record["labels"]):
-        raise DataError(
-            f"{recipe}: task {record['name']!r} has the labels {', '.join(labels):.200}, the run learned "
-            f"{', '.join(record['labels']):.200}. Give the recipe that the run was started with."
-        )
+    return read_stream(checked.stream, data_dir=recipes.data_dir(), root=checked.root)
 
 
 def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:

@@ -34,14 +34,14 @@ def contents(folder: "RunFolder") -> dict[str, Any]:
     return {
         "run": str(folder.path),
         **{name: manifest.get(name) for name in HEAD},
-        "stream_tasks": manifest.get("stream_tasks") or [task["name"] for task in tasks],
+        "stream_tasks": [spec["name"] for spec in manifest.get("stream_tasks") or tasks],
         "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
         "tasks": tasks,
     }
 
 
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
-    from hf_cl.runs import task_digest
+    from hf_cl.ownership.digest import task_digest
 
     files, facts = task["files"], dict(task["facts"])
     return {
@@ -65,7 +65,7 @@ def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
     if len(content["tasks"]) < len(content["stream_tasks"]):
         left = content["stream_tasks"][len(content["tasks"]) :]
         out.print(show.plain(f"Not finished: {', '.join(left)} to learn."), soft_wrap=True)
-        out.print(f"Next: hf-cl train {place}/recipe.yaml --output-dir {place} --resume", soft_wrap=True)
+        out.print(f"Next: hf-cl train RECIPE --output-dir {place} --resume (the recipe it was started with)", soft_wrap=True)
     else:
         out.print(f"Next: hf-cl verify {place}", soft_wrap=True)
 

@@ -46,7 +46,7 @@ def _figures(out: Console, found: Mapping[str, Any]) -> None:
         out.print(show.plain(line), soft_wrap=True)
     out.print()
     for name, key in FIGURES.items():
-        out.print(f"{name:<18} {show.figure(found[key])}")
+        out.print(f"{name:<18} {show.figure(found[key], exact=found['exact'])}")
     out.print(f"{'time':<18} {show.seconds(found['seconds'].get('total'))}")
 
 

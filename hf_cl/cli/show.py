@@ -88,11 +88,11 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def figure(value: float | None) -> str:
-    """Return a measured figure; zero is said to be exactly zero, and a missing one is a dash."""
+def figure(value: float | None, *, exact: bool) -> str:
+    """Return a measured figure; a missing one is a dash, and zero is called exact only where the run is."""
     if value is None:
         return "-"
-    return "0 (exactly)" if value == 0 else f"{value:.4f}"
+    return "0 (exactly)" if value == 0 and exact else f"{value:.4f}"
 
 
 def accuracy(value: float | None) -> str:

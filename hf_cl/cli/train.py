@@ -37,15 +37,11 @@ def train(
     run = output_dir or Path("runs") / path.stem
     progress = show.console(err=as_json)
 
-    from hf_cl.cli.kept_recipe import KeptRecipe
     from hf_cl.cli.quiet import libraries
     from hf_cl.cli.report import report
     from hf_cl.train_stream import run_stream
 
-    kept = KeptRecipe(checked, run)
-
     def tell(line: str) -> None:
-        kept.keep()
         progress.print(show.plain(line), soft_wrap=True)
 
     try:
@@ -54,8 +50,6 @@ def train(
     except KeyboardInterrupt:
         progress.print("Finished tasks are kept. Go on with the same command and --resume.", soft_wrap=True)
         raise
-    finally:
-        kept.keep()
     if as_json:
         show.echo_json(found)
     else:

@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from hf_cl.cli import show
-from hf_cl.cli.arguments import Json, Model, Run, base_at
+from hf_cl.cli.arguments import Json, Model, Run
 
 if TYPE_CHECKING:
     from hf_cl.runs import Verdict
@@ -21,7 +21,7 @@ def verify(run: Run, as_json: Json = False, model: Model = None) -> None:
     from hf_cl.cli.quiet import libraries
 
     with libraries():
-        verdict = runs.verify(run, base_at(run, model))
+        verdict = runs.verify(run, model)
     if as_json:
         show.echo_json(_plain(verdict))
     else:

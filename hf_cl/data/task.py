@@ -6,7 +6,8 @@ no split is empty. What reads it needs no check of its own.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from datasets import Dataset
 
@@ -66,6 +67,15 @@ class TaskSpec:
         _check_columns(self)
         if self.labels is not None:
             _check_labels(self.name, self.labels)
+
+
+def spec_values(spec: TaskSpec) -> dict[str, Any]:
+    """Return what of a spec differs from the defaults, as plain JSON values that `read` takes back."""
+    given = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    defaults = {field.name: field.default for field in fields(spec) if field.default is not MISSING}
+    changed = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ Source: FIPS 180-4 (sha256). What a digest of a task covers is decided where its
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,3 +27,8 @@ def digest(tensors: Iterable[tuple[str, Tensor]], *parts: str) -> str:
         state.update(f"{len(name)}:{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(tensor_bytes(tensor))
     return state.hexdigest()
+
+
+def task_digest(parts: Mapping[str, str]) -> str:
+    """Return one digest for all parts a task's forward reads."""
+    return digest((), *(f"{part}={parts[part]}" for part in sorted(parts)))

@@ -33,6 +33,7 @@ from hf_cl.errors import RunError
 FORMAT = 1
 MANIFEST = "run.json"
 RESULTS = "results.json"
+KEYS = ("model", "fingerprint", "method", "seed", "max_length", "tasks", "shared")
 FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
 
 
@@ -68,14 +69,16 @@ class RunFolder:
     def require_place(path: Path, *, overwrite: bool = False) -> None:
         """Refuse a place that is taken, before any work is done.
 
+        A run without a finished task may be replaced: it holds nothing that was learned.
+
         Raises:
-            RunError: It holds a run and `overwrite` is not given, or it holds something else.
+            RunError: It holds a finished task and `overwrite` is not given, or it holds something else.
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if not (path / MANIFEST).is_file():
             raise RunError(f"{path}: exists and is no run folder. Choose another --output-dir.")
-        if not overwrite:
+        if not overwrite and RunFolder.open(path).tasks:
             raise RunError(f"{path}: holds a run already. Add --resume to go on with it, or --overwrite.")
 
     @classmethod
@@ -97,6 +100,9 @@ class RunFolder:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
             raise RunError(f"{file}: format {found!r}, this version reads {FORMAT}. Use the version that wrote it.")
+        missing = [key for key in KEYS if key not in manifest]
+        if missing:
+            raise RunError(f"{file}: lacks {', '.join(missing)}. Restore it from a copy, or run again.")
         return cls(path, manifest)
 
     @property

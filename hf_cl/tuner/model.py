@@ -259,15 +259,6 @@ class MaskModel(BaseTuner):
             yield f"{layer.path}.owners", layer.store.owner[mask]
         yield from sorted(self.own_tensors(adapter).items())
 
-    def task_digest(self, adapter: str, base: str) -> str:
-        """Return the sha256 of all a finished task's forward reads.
-
-        Args:
-            adapter: A committed adapter.
-            base: The base's fingerprint, which stands for the base's tensors.
-        """
-        return digest(self.task_tensors(adapter), base, self.mask_config.compose)
-
     def base_digest(self) -> str:
         """Return the base's fingerprint, computed from the wrapped model's own tensors."""
         return digest(self.base_tensors())

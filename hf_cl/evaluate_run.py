@@ -1,0 +1,56 @@
+"""Evaluate a run's tasks anew: from its files, on the test rows its manifest (or the caller) points to."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_cl.config import read
+from hf_cl.data import TaskSpec, collator, load_task, tokenise
+from hf_cl.errors import DataError, RunError
+from hf_cl.from_recipe import training_arguments
+from hf_cl.layers.base import Base
+from hf_cl.runs import open_run
+from hf_cl.training.evaluation import evaluate
+
+
+def evaluate_run(
+    path: Path, base: "Base | str | None" = None, specs: Sequence[TaskSpec] | None = None
+) -> dict[str, dict[str, float]]:
+    """Return fresh test metrics of every task of a run, by name.
+
+    Args:
+        path: The run folder.
+        base: The base, or where it lies now; None loads the one the run names.
+        specs: Where the rows are; None takes what the run was learned on.
+
+    Raises:
+        RunError: The run says of no rows, or a file is not what its manifest says.
+        DataError: A task's rows are not there, or have other labels.
+    """
+    folder, base, method = open_run(path, base)
+    known = {spec.name: spec for spec in specs or _own_specs(folder.manifest, path)}
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        args = training_arguments(folder.manifest.get("training") or {}, Path(scratch))
+        for index, record in enumerate(folder.tasks):
+            name = record["name"]
+            if name not in known:
+                raise DataError(f"{path}: no rows are named for task {name!r}. Give the recipe it was learned with.")
+            task = load_task(known[name])
+            if list(task.labels) != list(record["labels"]):
+                raise DataError(
+                    f"{path}: task {name!r} learned the labels {', '.join(record['labels']):.200}, these rows have "
+                    f"{', '.join(task.labels):.200}. Give the recipe it was learned with."
+                )
+            rows = tokenise(task, base.tokenizer, folder.manifest["max_length"])
+            method.activate(index)
+            found[name] = evaluate(method.model, rows["test"], collator(base.tokenizer), args)
+    return found
+
+
+def _own_specs(manifest: dict[str, Any], path: Path) -> list[TaskSpec]:
+    specs = manifest.get("stream_tasks")
+    if not specs:
+        raise RunError(f"{path}: does not say where its rows are (learned in memory?). Give the recipe with them.")
+    return [read(TaskSpec, spec, "run.stream_tasks") for spec in specs]
