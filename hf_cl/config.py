@@ -4,8 +4,10 @@ An option is a dataclass field; its one description stands in `option(..., help=
 `hf-cl methods` prints. A key that no field has is an error that proposes the nearest name.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -68,6 +70,8 @@ def read_option(value: Any, hint: Any, field: dataclasses.Field[Any], where: str
     plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if float in plain and int not in plain:
         value = _as_float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, found {value!r}.")
     if tuple in plain and isinstance(value, list):
         value = tuple(value)
     if typing.Any not in plain and not any(_is_a(value, kind) for kind in plain):
@@ -87,10 +91,8 @@ def _as_float(value: Any) -> Any:
     if isinstance(value, int):
         return float(value)
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        with contextlib.suppress(ValueError):
+            value = float(value)
     return value
 
 

@@ -35,13 +35,21 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def homes() -> dict[str, str]:
+    """Return the module that each lazy name of the package brings, read without importing it."""
+    for node in ast.parse((ROOT / "__init__.py").read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_HOME":
+            return {f"hf_cl.{name}": home for name, home in ast.literal_eval(node.value).items()}
+    return {}
+
+
 def imports(file: Path) -> list[tuple[int, str]]:
     """Return (line, module) of every import of this package in a file; type-checking blocks count too."""
     found = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_cl":
             names = [f"hf_cl.{alias.name}" for alias in node.names] if node.module == "hf_cl" else [node.module]
-            found += [(node.lineno, name) for name in names]
+            found += [(node.lineno, homes().get(name, name)) for name in names]
         elif isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "hf_cl"]
     return found

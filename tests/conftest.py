@@ -16,7 +16,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Make a random BERT of 4,096 masked weights; equal seeds give equal weights."""
 
@@ -29,7 +29,7 @@ def tiny_model():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_base(tiny_model):
     """Make a `Base` around a tiny BERT, without a tokenizer: rows are token ids already."""
 
@@ -39,7 +39,7 @@ def tiny_base(tiny_model):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def token_rows():
     """Make rows whose class is told by one token at a random place, the rest being random tokens."""
 
@@ -57,7 +57,7 @@ def token_rows():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def token_task(token_rows):
     """Make the train and validation rows of a task."""
 
@@ -67,13 +67,13 @@ def token_task(token_rows):
     return make
 
 
-@pytest.fixture
-def arguments(tmp_path):
+@pytest.fixture(scope="session")
+def arguments(tmp_path_factory):
     """Make arguments for a handful of optimizer steps on the CPU that write nothing."""
 
     def make(**changes):
         options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.02, "use_cpu": True}
         options |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1}
-        return TrainingArguments(output_dir=str(tmp_path / "out"), **(options | changes))
+        return TrainingArguments(output_dir=str(tmp_path_factory.mktemp("out")), **(options | changes))
 
     return make

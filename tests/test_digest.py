@@ -2,25 +2,20 @@ import hashlib
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cl.layers.base import base_fingerprint, encoder_tensors
 from hf_cl.ownership.digest import digest, tensor_bytes
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool)
-
-
-def tiny_bert(labels: int = 2) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=labels,
-    )
-    return BertForSequenceClassification(config)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def flip_lowest_bit(tensor: torch.Tensor, byte: int = 0) -> None:
@@ -120,18 +115,18 @@ def test_a_parameter_and_its_values_are_alike():
     assert parameter.requires_grad
 
 
-def test_the_fingerprint_of_a_base_does_not_see_its_head():
-    model = tiny_bert()
+def test_the_fingerprint_of_a_base_does_not_see_its_head(tiny_model):
+    model = tiny_model()
     before = base_fingerprint(model, ["classifier"])
     flip_lowest_bit(model.classifier.weight)
     flip_lowest_bit(model.classifier.bias)
     assert base_fingerprint(model, ["classifier"]) == before
-    assert base_fingerprint(tiny_bert(labels=5), ["classifier"]) == before
+    assert base_fingerprint(tiny_model(num_labels=5), ["classifier"]) == before
     assert base_fingerprint(model, []) != before
 
 
-def test_the_fingerprint_of_a_base_sees_one_bit_of_everything_else():
-    model = tiny_bert()
+def test_the_fingerprint_of_a_base_sees_one_bit_of_everything_else(tiny_model):
+    model = tiny_model()
     before = base_fingerprint(model, ["classifier"])
     names = [name for name, _ in encoder_tensors(model, ["classifier"])]
     held = {*dict(model.named_parameters()), *dict(model.named_buffers())}
@@ -144,8 +139,8 @@ def test_the_fingerprint_of_a_base_sees_one_bit_of_everything_else():
     assert base_fingerprint(model, ["classifier"]) == before
 
 
-def test_a_head_of_two_layers_is_left_out_whole_and_no_namesake_with_it():
-    model = tiny_bert()
+def test_a_head_of_two_layers_is_left_out_whole_and_no_namesake_with_it(tiny_model):
+    model = tiny_model()
     names = [name for name, _ in encoder_tensors(model, ["bert.pooler.dense", "classifier"])]
     assert not any("pooler" in name or "classifier" in name for name in names)
     assert [name for name, _ in encoder_tensors(model, ["bert.pool", "class"])] == [
@@ -153,13 +148,13 @@ def test_a_head_of_two_layers_is_left_out_whole_and_no_namesake_with_it():
     ]
 
 
-def test_a_base_in_another_dtype_has_another_fingerprint():
-    model = tiny_bert()
+def test_a_base_in_another_dtype_has_another_fingerprint(tiny_model):
+    model = tiny_model()
     before = base_fingerprint(model, ["classifier"])
     assert base_fingerprint(model.to(torch.bfloat16), ["classifier"]) != before
 
 
-def test_what_requires_a_gradient_does_not_matter():
-    model = tiny_bert()
+def test_what_requires_a_gradient_does_not_matter(tiny_model):
+    model = tiny_model()
     before = base_fingerprint(model, ["classifier"])
     assert base_fingerprint(model.requires_grad_(False), ["classifier"]) == before

@@ -34,7 +34,9 @@ PAIRWISE = [(a, b, (a + b) % 3, (a + 2 * b) % 3) for a in range(3) for b in rang
 
 def cases():
     for levels in PRODUCT:
-        names = [kind[level] for kind, level in zip(map(tuple, (BANKS, FORMS, OPTIMIZERS, SETTINGS)), levels, strict=True)]
+        names = [
+            kind[level] for kind, level in zip(map(tuple, (BANKS, FORMS, OPTIMIZERS, SETTINGS)), levels, strict=True)
+        ]
         yield pytest.param(*names, marks=() if levels in PAIRWISE else pytest.mark.slow, id="-".join(names))
 
 
@@ -71,7 +73,7 @@ class Each(TrainerCallback):
             self.act(kwargs["model"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def build(tiny_base):
     def make(module, *, seed=0, **options):
         options = {"density": 0.2, "scores_learning_rate": 0.05} | options
@@ -85,7 +87,7 @@ def build(tiny_base):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def learn(token_task, arguments):
     """Learn task number `index` of the stream by the one function that trains a task."""
 
@@ -97,7 +99,7 @@ def learn(token_task, arguments):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def learn_mixed(tiny_model, token_rows, arguments):
     """Learn a bank whose tasks alternate: a mask alone, then values too; with the user's own Trainer."""
 
@@ -122,7 +124,7 @@ def learn_mixed(tiny_model, token_rows, arguments):
     return stream
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def learn_stream(build, learn, learn_mixed):
     """Yield the model after each of the three tasks."""
 
@@ -205,6 +207,19 @@ def test_the_composed_weight_is_the_one_formula_bit_for_bit(build, learn, form, 
             assert torch.equal(layer.store.weight, expected)
 
 
+def test_bf16_arguments_train_under_autocast_on_the_cpu_too(build, learn):
+    # Otherwise the setting above would prove nothing.
+    found = []
+
+    def watch(model):
+        own = model.base_model.own_layers()[-1]
+        own.register_forward_pre_hook(lambda *_: found.append(torch.is_autocast_enabled("cpu")))
+
+    learn(build(supsup), 0, Each(0, watch), bf16=True)
+    assert found
+    assert all(found)
+
+
 # --- what writes past the optimizer is noticed --------------------------------------------------------
 
 
@@ -256,9 +271,8 @@ def _raise(error):
 
 def _spoil(model):
     # An infinite logit: the loss becomes NaN, which the Trainer itself would not even log.
-    adapter = model.active_adapters[0] if isinstance(model.active_adapters, list) else model.active_adapter
     with torch.no_grad():
-        model.base_model.own_layers()[-1].hfcl_copy[adapter].bias.fill_(float("inf"))
+        model.base_model.own_layers()[-1].hfcl_copy[model.active_adapter].bias.fill_(float("inf"))
 
 
 class StopAfterCommit(TrainerCallback):
@@ -277,13 +291,19 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("module", [supsup, exssnet], ids=["supsup", "exssnet"])
-def test_a_task_that_fails_leaves_no_trace(build, learn, module, failure):
-    error, callback = FAILURES[failure]
-    undisturbed = build(module)
+@pytest.fixture(scope="module", params=[supsup, exssnet], ids=["supsup", "exssnet"])
+def undisturbed(request, build, learn):
+    """A way to learn, and the bank of two tasks that it leaves when nothing goes wrong."""
+    method = build(request.param)
     for index in range(2):
-        learn(undisturbed, index)
+        learn(method, index)
+    return request.param, method
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_task_that_fails_leaves_no_trace(build, learn, undisturbed, failure):
+    error, callback = FAILURES[failure]
+    module, undisturbed = undisturbed
     method = build(module)
     with pytest.raises(error):
         learn(method, 0, callback())
@@ -328,15 +348,16 @@ def test_deleting_an_unfinished_adapter_leaves_earlier_tasks_alone(build, learn)
 # --- seeds ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [supsup, exssnet], ids=["supsup", "exssnet"])
-def test_one_seed_gives_one_bank_and_another_seed_another(build, learn, module):
+def test_one_seed_gives_one_bank_and_another_seed_another(build, learn, undisturbed):
+    module, method = undisturbed
+
     def run(seed):
         method = build(module, seed=seed)
         for index in range(2):
             learn(method, index)
         return [packed_bytes(method, index) for index in range(2)]
 
-    first = run(0)
+    first = [packed_bytes(method, index) for index in range(2)]
     assert run(0) == first
     assert all(task != other for (task, _), (other, _) in zip(first, run(1), strict=True))
 

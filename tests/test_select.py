@@ -33,9 +33,7 @@ def unset(layers: int) -> torch.Tensor:
 
 
 def within_budget(masks: list[torch.Tensor], counts: list[int]) -> bool:
-    return all(
-        abs(int(mask.sum()) - count) <= TOLERANCE * count for mask, count in zip(masks, counts, strict=True)
-    )
+    return all(abs(int(mask.sum()) - count) <= TOLERANCE * count for mask, count in zip(masks, counts, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,7 @@ def test_an_unset_threshold_selects_exactly_between_ties_too():
     scores = torch.cat([torch.arange(97) + 1.0, torch.zeros(903)])  # three of the hundred are among ties
     mask, thresholds = torch.zeros(1000, dtype=torch.bool), unset(1)
     refresh_masks([scores], [mask], thresholds, [100])
-    assert kept(mask) == list(range(100))
+    assert int(mask.sum()) == 100 and bool(mask[:100].all())
 
 
 @settings(deadline=None)

@@ -43,7 +43,7 @@ def test_signs_follow_the_documented_hash(seed, path, shape):
 
 
 @settings(deadline=None, max_examples=50)
-@given(seed=st.integers(-(2**40), 2**64), path=st.text(max_size=20), size=st.integers(0, 200))
+@given(seed=st.integers(-(2**40), 2**64), path=st.text(alphabet="a.:7é", max_size=12), size=st.integers(0, 200))
 def test_any_seed_and_path_follow_the_documented_hash(seed, path, size):
     assert sign_tensor(seed, path, (size,)).tolist() == by_hand(seed, path, size)
 

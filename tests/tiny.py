@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -22,8 +23,8 @@ WORDS = (
     "lake hill road car train boat plane bread milk salt sugar tea egg fork spoon plate cup door wall roof floor"
 ).split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-LABELS = {"pets": ("tame", "wild"), "weather": ("mild", "rough", "odd"), "food": ("sweet", "sour")}
-"""Two tasks with different label counts, and a third for later."""
+LABELS = {"pets": ("tame", "wild"), "weather": ("mild", "odd", "rough"), "food": ("sweet", "sour")}
+"""Two tasks with different label counts, and a third for later; sorted, as names found in data are."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +33,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,9 @@ def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
     if len(content["tasks"]) < len(content["stream_tasks"]):
         left = content["stream_tasks"][len(content["tasks"]) :]
         out.print(show.plain(f"Not finished: {', '.join(left)} to learn."), soft_wrap=True)
-        out.print(f"Next: hf-cl train RECIPE --output-dir {place} --resume (the recipe it was started with)", soft_wrap=True)
+        out.print(
+            f"Next: hf-cl train RECIPE --output-dir {place} --resume (the recipe it was started with)", soft_wrap=True
+        )
     else:
         out.print(f"Next: hf-cl verify {place}", soft_wrap=True)
 

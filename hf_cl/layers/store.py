@@ -28,7 +28,7 @@ class MaskStore(nn.Module):
         self.values: Tensor
         self.owner: Tensor
         self.weight: Tensor
-        self.register_buffer("values", start_store(compose, weight, seed, path, scale), persistent=False)
+        self.register_buffer("values", self.start(weight), persistent=False)
         self.register_buffer("owner", all_free(tuple(weight.shape), weight.device), persistent=False)
         self.register_buffer("weight", self._empty(weight), persistent=False)
         self._written: Tensor | None = None
@@ -40,15 +40,32 @@ class MaskStore(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskStore":
         """Follow the model to another device; refuse another dtype, which would round what tasks own."""
-        if fn(self.values[:1]).dtype != torch.float32:
+        self.refuse_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Refuse a change of dtype.
+
+        Raises:
+            BaseModelError: `fn` would cast the store or the composed weight.
+        """
+        if any(fn(tensor[:1]).dtype != tensor.dtype for tensor in (self.values, self.weight)):
             raise BaseModelError(
                 f"{self.path}: the values that tasks own are float32 and a cast would change finished tasks. "
                 f"Load the base in the wanted dtype instead, as in from_pretrained(..., dtype=torch.bfloat16)."
             )
-        return super()._apply(fn, recurse)
 
     def _empty(self, weight: Tensor) -> Tensor:
         return weight.detach().clone() if self.delta else torch.zeros_like(weight)
+
+    def start(self, weight: Tensor) -> Tensor:
+        """Return V as it was before any task, float32; computed anew."""
+        return start_store(self.compose, weight, self.seed, self.path, self.scale)
+
+    def reset(self, weight: Tensor) -> None:
+        """Make the composed weight A again in one pass, whatever wrote to it."""
+        self.weight.copy_(self._empty(weight))
+        self._written = None
 
     def show(self, weight: Tensor, mask: Tensor) -> None:
         """Make the composed weight `A + mask * V`.
@@ -73,10 +90,10 @@ class MaskStore(nn.Module):
     def clear(self, weight: Tensor) -> None:
         """Make the composed weight A again."""
         if self._written is not None and self._written.dtype == torch.bool:
-            self.weight.copy_(self._empty(weight))
+            self.reset(weight)
         elif self._written is not None:
             clear_entries(self.weight, weight, self._written, delta=self.delta)
-        self._written = None
+            self._written = None
 
     def write(self, base: Tensor, where: Tensor, values: Tensor) -> None:
         """Set composed entries to `base + values` while a task's own values train; V itself stays.

@@ -85,6 +85,8 @@ def find_targets(model: nn.Module, suffixes: Iterable[str], head: Iterable[str])
                 f"target_modules: {name} is a {type(module).__name__}, and only torch.nn.Linear can be masked. "
                 f"Leave it out of `target_modules`."
             )
+        if not module.weight.is_contiguous():
+            raise ConfigError(f"target_modules: {name}.weight is not contiguous. Call .contiguous() on it first.")
     _refuse_tied(model, found)
     return found
 
@@ -118,6 +120,7 @@ def find_head(model: nn.Module, named: Iterable[str] | None, missing: Iterable[s
     elif missing:
         owners = {name.rpartition(".")[0] for name in missing}
         head = [name for name, _ in model.named_modules() if name in owners]
+        _require_linears(model, head)
     else:
         head = list(family_of(model).head)
     modules = dict(model.named_modules())
@@ -133,7 +136,16 @@ def find_head(model: nn.Module, named: Iterable[str] | None, missing: Iterable[s
     return head
 
 
-def missing_layers(info: Mapping[str, Iterable[object]]) -> list[str]:
+def _require_linears(model: nn.Module, missing: list[str]) -> None:
+    others = [name for name in missing if not isinstance(model.get_submodule(name), nn.Linear)]
+    if others:
+        raise BaseModelError(
+            f"{type(model).__name__}: its checkpoint lacks the weights of {', '.join(others)}, which are no linears "
+            f"and so no head. Use a checkpoint of this architecture, or name `head_modules` yourself."
+        )
+
+
+def missing_parameters(info: Mapping[str, Iterable[object]]) -> list[str]:
     """Return the parameter names that `from_pretrained(..., output_loading_info=True)` calls missing or mismatched."""
     mismatched = [key[0] if isinstance(key, tuple | list) else key for key in info.get("mismatched_keys", ())]
     return sorted({str(key) for key in [*info.get("missing_keys", ()), *mismatched]})

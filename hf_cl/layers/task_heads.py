@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_cl.errors import RunError
 from hf_cl.layers.base import Base
@@ -62,10 +62,6 @@ class TaskHeads:
         """Make a task's head trainable (PEFT freezes all it does not know)."""
         for layer in self.layers.values():
             layer.copies[_key(index)].requires_grad_(True)
-
-    def parameters(self, index: int) -> list[nn.Parameter]:
-        """Return a task's head's parameters."""
-        return [p for layer in self.layers.values() for p in layer.copies[_key(index)].parameters()]
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return a task's head by layer and parameter name."""

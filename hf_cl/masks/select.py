@@ -70,7 +70,7 @@ def refresh_masks(
     """Bring each layer's mask up to date with its scores, in place; call it between steps.
 
     Args:
-        scores: One float tensor a layer.
+        scores: One float32 tensor a layer.
         masks: One bool tensor a layer, of the scores' shape; overwritten.
         thresholds: Float32, one number a layer, on the scores' device; NaN asks for an exact selection.
             Overwritten where a layer's threshold is renewed.
@@ -78,28 +78,38 @@ def refresh_masks(
         magnitude: Rank by |score|.
 
     Returns:
-        How many layers got a new threshold. On every device at most one synchronisation a call:
-        all layers' counts come back together.
+        How many layers got a new threshold. An accelerator is waited for three times a call at most, whatever
+        the number of layers: all layers' counts come back together.
     """
     ranked = [score.abs() for score in scores] if magnitude else list(scores)
+    unset = thresholds.isnan().tolist()
     for rank, mask, threshold in zip(ranked, masks, thresholds, strict=True):
         torch.gt(rank, threshold, out=mask)
-    renewed = 0
-    for layer, found in enumerate(_count(masks)):
-        if abs(found - counts[layer]) > TOLERANCE * counts[layer]:
-            _renew(ranked[layer], masks[layer], thresholds, layer, counts[layer])
-            renewed += 1
-    return renewed
+    off = [layer for layer, found in enumerate(_count(masks)) if _is_off(found, counts[layer])]
+    for layer in off:
+        _renew(ranked[layer], masks[layer], thresholds, layer, counts[layer])
+    # Ties can spoil a threshold: then, and where an exact selection is asked for, index breaks them.
+    for layer, found in zip(off, _count([masks[layer] for layer in off]), strict=True):
+        if found != counts[layer] and (unset[layer] or _is_off(found, counts[layer])):
+            masks[layer].copy_(topk_mask(ranked[layer], counts[layer]))
+            thresholds[layer] = math.nan
+    return len(off)
+
+
+def _is_off(found: int, count: int) -> bool:
+    return abs(found - count) > TOLERANCE * count
 
 
 def _count(masks: Sequence[Tensor]) -> list[int]:
+    if not masks:
+        return []
     if masks[0].device.type == "cpu":
         return [int(np.count_nonzero(mask.numpy())) for mask in masks]
     return torch.stack([mask.count_nonzero() for mask in masks]).tolist()
 
 
 def _renew(rank: Tensor, mask: Tensor, thresholds: Tensor, layer: int, count: int) -> None:
-    """Set the layer's threshold to its (count + 1)-th largest score; where ties spoil that, select exactly."""
+    """Set the layer's threshold to its (count + 1)-th largest score, and its mask by it."""
     flat = rank.flatten()
     if count >= flat.numel():
         thresholds[layer] = -math.inf
@@ -107,9 +117,6 @@ def _renew(rank: Tensor, mask: Tensor, thresholds: Tensor, layer: int, count: in
         return
     thresholds[layer] = _nth_largest(flat, count + 1)
     torch.gt(rank, thresholds[layer], out=mask)
-    if flat.device.type == "cpu" and int(np.count_nonzero(mask.numpy())) < (1 - TOLERANCE) * count:
-        thresholds[layer] = math.nan
-        mask.copy_(topk_mask(rank, count))
 
 
 def _nth_largest(flat: Tensor, nth: int) -> Tensor:

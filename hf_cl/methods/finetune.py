@@ -79,7 +79,7 @@ class Finetune(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the guard against non-finite gradients."""
-        return [FiniteGradients(self.heads.parameters(max(self.heads.labels)))]
+        return [FiniteGradients()]
 
     def commit(self, index: int) -> None:
         """Freeze the head; the encoder stays open to the next task."""

@@ -107,7 +107,7 @@ class Lora(Method):
         if len(self._model.peft_config) == 1:
             self._model.unload()
             self._model = None
-        else:
+        elif _adapter(index) in self._model.peft_config:
             self._model.set_adapter(_adapter(0))
             self._model.delete_adapter(_adapter(index))
 
@@ -124,7 +124,7 @@ class Lora(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the guard against non-finite gradients."""
-        return [FiniteGradients(self.heads.parameters(max(self.heads.labels)))]
+        return [FiniteGradients()]
 
     def commit(self, index: int) -> None:
         """Round the adapter to bf16, and freeze it with its head."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from hf_cl.errors import ConfigError
 
@@ -52,9 +52,10 @@ def parameter_groups(
             kind = role(name)
             plain = kind == "scores" or (parameter.ndim < 2 and kind != "values")
             groups.setdefault((kind, 0.0 if plain else weight_decay), []).append(parameter)
+    # The head first: the Trainer logs the first group's rate, and the head trains in both phases.
     return [
         {"params": params, "lr": rates[kind], "weight_decay": decay, "role": kind}
-        for (kind, decay), params in groups.items()
+        for (kind, decay), params in sorted(groups.items(), key=lambda item: item[0][0] != "head")
     ]
 
 
@@ -91,12 +92,23 @@ def _curve(args: TrainingArguments, steps: int) -> Lambda:
         scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
     )
     if not isinstance(made, torch.optim.lr_scheduler.LambdaLR):
+        kind = SchedulerType(args.lr_scheduler_type).value
         raise ConfigError(
-            f"lr_scheduler_type: {args.lr_scheduler_type} depends on more than the step, so phases cannot each have "
-            f"their own. Use linear, cosine, constant or constant_with_warmup."
+            f"lr_scheduler_type: {kind} depends on more than the step, so phases "
+            f"cannot each have their own. Use linear, cosine, constant or constant_with_warmup."
         )
     curve: Lambda = made.lr_lambdas[0]
     return curve
+
+
+def require_unstepped(optimizer: Any) -> None:
+    """Refuse an optimizer that holds state.
+
+    Raises:
+        ConfigError: It has stepped before.
+    """
+    if getattr(optimizer, "optimizer", optimizer).state:
+        raise ConfigError("optimizer: it has stepped before. Give each task a new Trainer (or a new optimizer).")
 
 
 def set_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
@@ -105,9 +117,8 @@ def set_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     Raises:
         ConfigError: The optimizer holds state already: moments of other parameters would be mixed up.
     """
+    require_unstepped(optimizer)
     inner = getattr(optimizer, "optimizer", optimizer)
-    if inner.state:
-        raise ConfigError("optimizer: it has stepped before. Give each task a new Trainer (or a new optimizer).")
     inner.param_groups.clear()
     for group in groups:
         inner.add_param_group(dict(group))

@@ -104,7 +104,7 @@ class MaskedMethod(Method):
         if len(self._model.peft_config) == 1:
             self._model.unload()
             self._model = None
-        else:
+        elif adapter_of(index) in self._model.peft_config:
             self._model.set_adapter(adapter_of(0))
             self._model.delete_adapter(adapter_of(index))
 

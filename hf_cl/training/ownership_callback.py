@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_cl.errors import ConfigError, OwnershipError, TrainingError
 from hf_cl.starts.kkt import Choice
-from hf_cl.training.groups import parameter_groups, role_of, schedule, set_groups, set_schedule
+from hf_cl.training.groups import parameter_groups, require_unstepped, role_of, schedule, set_groups, set_schedule
 from hf_cl.training.guards import refuse_sharding, require_finite
 from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
@@ -32,6 +32,9 @@ SCARCE = 0.1
 
 class OwnershipCallback(TrainerCallback):
     """Trains one masked adapter with the user's own Trainer and arguments.
+
+    The Trainer loads a checkpoint's optimizer before any callback is asked. So to resume in the middle of a
+    task, make the optimizer over `parameter_groups` and pass it as `optimizers=`, as `train_task` does.
 
     Example:
         >>> from transformers import Trainer
@@ -83,6 +86,8 @@ class OwnershipCallback(TrainerCallback):
         self._owned = tuner.owned_digest(self._index(tuner))
         self._best = None
         steps = state.max_steps
+        if steps < 2 and not self._mask_only(tuner):
+            raise ConfigError(f"max_steps: {steps} step has no room for a mask phase and a weight phase. Train longer.")
         self._claim_step = steps if self._mask_only(tuner) else max(1, min(steps - 1, round(self.mask_share * steps)))
         if self.start is not None and state.global_step == 0:
             rate = self._rate("scores", args)
@@ -129,7 +134,17 @@ class OwnershipCallback(TrainerCallback):
 
     def _take_over(self, model: nn.Module, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
-        if any("role" not in group for group in inner.param_groups):
+        ours = all("role" in group for group in inner.param_groups)
+        if not ours:
+            require_unstepped(inner)
+        held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        mine = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        if held != mine:
+            raise ConfigError(
+                f"optimizer: it holds {len(held - mine)} tensors that do not train and lacks {len(mine - held)} that "
+                f"do. Activate adapter {self.adapter!r} before the optimizer is made, or let the Trainer make it."
+            )
+        if not ours:
             rates = {role: self._rate(role, args) for role in ("scores", "values", "head")}
             set_groups(optimizer, parameter_groups(model.named_parameters(), rates, args.weight_decay))
         claim = self._claim_step
@@ -145,14 +160,10 @@ class OwnershipCallback(TrainerCallback):
         """Stop at a non-finite gradient; drop what DDP may have filled in for the off phase."""
         model = kwargs["model"]
         off = "values" if self._tuner(model).phase(self.adapter) == "mask" else "scores"
-        head = []
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                if role_of(name) == off:
-                    parameter.grad = None
-                elif role_of(name) == "head":
-                    head.append(parameter)
-        require_finite(head, state.global_step)
+            if parameter.requires_grad and role_of(name) == off:
+                parameter.grad = None
+        require_finite(model.parameters(), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh the masks; at the claim's step fix them and open the values."""

@@ -54,8 +54,8 @@ def train_task(
         callbacks: The user's own callbacks.
     """
     start = time.perf_counter()
-    method.begin(index, labels)
     try:
+        method.begin(index, labels)
         trainer = _trainer(method, index, rows, collator, args, compute_metrics, callbacks)
         trainer.train()
         method.commit(index)

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftConfig
 
 from hf_cl.errors import ConfigError
-from hf_cl.layers.targets import missing_layers
+from hf_cl.layers.targets import missing_parameters
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.masks.select import kept_count
 from hf_cl.tuner.peft_type import extend_peft_type
@@ -102,7 +102,7 @@ class MaskConfig(PeftConfig):
             info: The second value that `from_pretrained` returns.
             options: Any other option.
         """
-        return cls(missing_modules=missing_layers(info), **options)
+        return cls(missing_modules=missing_parameters(info), **options)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ Source: ExSSNeT, arXiv 2210.10209; the layout is ours.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from hf_cl.layers.heads import task_generator
 from hf_cl.layers.store import MaskStore
 from hf_cl.masks.compose import TrainedWeight, layer_scale
 from hf_cl.masks.select import kept_count, topk_mask
+from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FOREIGN, FREE, claim
 from hf_cl.tuner.config import MaskConfig
 
@@ -65,6 +67,8 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self._start: Tensor | None = None
         self._seen = (-1, -1)
         self._arrived: set[str] = set()
+        self._overwritten: tuple[str, Tensor, Tensor] | None = None
+        self._lacking = False
         self.register_load_state_dict_pre_hook(_make_room)
         self.register_load_state_dict_post_hook(_install_arrived)
 
@@ -80,8 +84,14 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         empty = torch.empty(0, device=weight.device)
         self.hfcl_bits[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
         self.hfcl_owned[adapter], self.hfcl_inherited[adapter] = empty.clone(), empty.clone()
-        self.hfcl_where[adapter] = empty.to(torch.uint8)
+        self.hfcl_where[adapter] = self._owners()
         self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=weight.device)
+
+    def _owners(self) -> Tensor:
+        """Return the sha256 of which entries are owned: an unfinished task is right only beside the same tasks."""
+        return torch.frombuffer(
+            bytearray.fromhex(digest([("owned", pack(self.store.owner != FREE))])), dtype=torch.uint8
+        )
 
     def fresh_scores(self, adapter: str, generator: torch.Generator) -> Tensor:
         """Return new scores, float32: near zero where the sign ranks, else uniform in +-1/sqrt(fan_in)."""
@@ -128,10 +138,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             raise OwnershipError(f"{self.path}: adapters {', '.join(names)} cannot be active together. Name one.")
         super().set_adapter(names, inference_mode=inference_mode)
-        for parameters in (self.hfcl_scores, self.hfcl_values):
-            for parameter in parameters.values():
-                if not parameter.numel():
-                    parameter.requires_grad_(False)
+        self._freeze_finished()
         self.compose()
 
     def _adapter(self) -> str | None:
@@ -142,11 +149,12 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         """Make the composed weight that of the active adapter, in its phase."""
         adapter, weight = self._adapter(), self.base_layer.weight
         self._where = self._start = None
-        if adapter is None or weight.is_meta:
+        if adapter is None or weight.is_meta or self.hfcl_scores[adapter].is_meta:
             return
         mask = self.mask(adapter)
         self.store.show(weight, mask)
         phase = self.phase(adapter)
+        self._lacking = phase != "committed" and not torch.equal(self.hfcl_where[adapter].cpu(), self._owners())
         self.live_mask = mask if phase == "mask" else None
         if phase == "weight":
             self._where = self.trainable(adapter, mask)
@@ -163,6 +171,11 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         layer, adapter = self.base_layer, self._adapter()
         if self.disable_adapters or self.merged or adapter is None:
             return layer(x, *args, **kwargs)
+        if self._lacking:
+            raise OwnershipError(
+                f"{self.path}: the unfinished adapter {adapter!r} was saved beside other finished tasks than are "
+                f"loaded here, whose entries it reads. Load those adapters too."
+            )
         weight = self.store.weight
         scores, values = self.hfcl_scores[adapter], self.hfcl_values[adapter]
         if self._where is not None and self._start is not None:
@@ -215,6 +228,8 @@ class MaskLinear(nn.Module, BaseTunerLayer):
             where = self.trainable(adapter, mask)
             values = self.hfcl_values[adapter].detach()[: where.shape[0]]
             trained = values.to(getattr(torch, config.values_dtype)).float()
+            if config.trains == "mask":
+                self._overwritten = (adapter, where, self.store.values.view(-1)[where])
             self.store.values.view(-1)[where] = trained
         own = mask & (self.store.owner == FREE)
         self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
@@ -250,8 +265,11 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.hfcl_where[adapter] = pack(own[mask])
         self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=own.device)
         self.save_values(adapter, trained)
-        if self._adapter() == adapter:
-            self.compose()
+        for other in self.configs:
+            if self.phase(other) != "committed":
+                self.hfcl_where[other] = self._owners()
+        self.store.reset(self.base_layer.weight)
+        self.compose()
 
     def save_values(self, adapter: str, trained: bool) -> None:
         """Copy the values at a finished task's entries from the store into what is saved with the adapter."""
@@ -266,11 +284,48 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         kept = int(self.mask(adapter).count_nonzero())
         return unpack(self.hfcl_where[adapter], (kept,))
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of adapters on or off; a committed one has nothing that could train."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_finished()
+
+    def _freeze_finished(self) -> None:
+        for parameters in (self.hfcl_scores, self.hfcl_values):
+            for parameter in parameters.values():
+                if not parameter.numel():
+                    parameter.requires_grad_(False)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; what it owned stays where later tasks may read it."""
+        """Drop a task: what no other task reads is free again at its start value, the rest stays as it is."""
+        config = self.configs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
+        if config is not None:
+            self._undo(adapter_name)
+            self._free(int(config.task_index or 0))
         self.compose()
+
+    def _undo(self, adapter: str) -> None:
+        """Take back what the newest commit wrote over other tasks' values (SSNet alone does)."""
+        if self._overwritten is not None and self._overwritten[0] == adapter:
+            _, where, values = self._overwritten
+            self.store.values.view(-1)[where] = values
+            self._overwritten = None
+            self.save_all()
+
+    def _free(self, index: int) -> None:
+        mine = self.store.owner == index
+        for other in self.configs:
+            if self.phase(other) == "committed":
+                mine &= ~self.mask(other)
+        where = mine.view(-1).nonzero().squeeze(1)
+        self.store.values.view(-1)[where] = self.store.start(self.base_layer.weight).view(-1)[where]
+        self.store.owner.view(-1)[where] = FREE
+
+    def save_all(self) -> None:
+        """Copy every finished task's values from the store anew."""
+        for adapter in self.configs:
+            if self.phase(adapter) == "committed":
+                self.save_values(adapter, bool(self.hfcl_owned[adapter].numel()))
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -288,7 +343,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         mine, others = where[own], where[~own]
         owned, inherited = self.hfcl_owned[adapter], self.hfcl_inherited[adapter]
         theirs = ~((owner[mine] == FREE) | (owner[mine] == FOREIGN) | (owner[mine] == index))
-        arriving = owned if owned.numel() else self.store_start(mine)
+        arriving = owned if owned.numel() else self.store.start(self.base_layer.weight).view(-1)[mine]
         stale = (owner[mine] != FREE) & (values[mine] != arriving)
         known = owner[others] != FREE
         wrong = known & (values[others] != inherited)
@@ -301,10 +356,6 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         values[mine], owner[mine] = arriving, index
         values[others[~known]] = inherited[~known]
         owner[others[~known]] = FOREIGN
-
-    def store_start(self, where: Tensor) -> Tensor:
-        """Return V's start values at flat positions; an entry that nobody trained keeps its own."""
-        return self.store.values.view(-1)[where]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -330,7 +381,7 @@ def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
             if arriving is None:
                 continue
             layer._arrived.add(adapter)
-            if arriving.shape != held[adapter].shape:
+            if arriving.shape != held[adapter].shape or held[adapter].is_meta:
                 room = torch.empty(arriving.shape, dtype=held[adapter].dtype, device=layer.base_layer.weight.device)
                 is_parameter = name in layer.adapter_layer_names
                 held[adapter] = nn.Parameter(room, requires_grad=arriving.numel() > 0) if is_parameter else room

@@ -5,15 +5,16 @@ the claim, the commit, capacity, digests.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from hf_cl.errors import ConfigError, OwnershipError
 from hf_cl.layers.heads import follow_labels
-from hf_cl.layers.targets import family_of, find_head, find_norms, find_targets, refuse_unmaskable
+from hf_cl.layers.targets import family_of, find_head, find_norms, find_targets, matches, refuse_unmaskable
 from hf_cl.masks.overlap import overlap_share
 from hf_cl.masks.select import refresh_masks
 from hf_cl.ownership.digest import digest
@@ -35,6 +36,8 @@ class MaskModel(BaseTuner):
     # Adapters of one bank read one store: transformers' own adapter loading would drop it without a word.
     uses_shared_state = True
 
+    _next_index = 0
+    """The number of the next task; a dropped task's number is not used again."""
     _layers: list[MaskLinear] | None = None
     """The masked linears, found once: walking all modules at each step costs more than its arithmetic."""
 
@@ -64,8 +67,8 @@ class MaskModel(BaseTuner):
             refuse_unmaskable(model)
             self._settle(peft_config, model)
         if peft_config.task_index is None:
-            taken = [other.task_index for other in others]
-            peft_config.task_index = 1 + max((index for index in taken if index is not None), default=-1)
+            peft_config.task_index = self._next_index
+        self._next_index = max(self._next_index, peft_config.task_index + 1)
         if peft_config.num_labels is None:
             peft_config.num_labels = model.config.num_labels
         # BERT-shaped models take **kwargs and ignore num_items_in_batch, so the Trainer would scale gradients
@@ -79,10 +82,20 @@ class MaskModel(BaseTuner):
         # Kept as suffixes: PEFT rewrites a list of twenty or more names. What they match is settled here.
         config.target_modules = list(suffixes)
         left_out = set(config.exclude_modules or ())
-        self._targets = [n for n in find_targets(model, suffixes, config.head_modules) if n not in left_out]
+        targets = find_targets(model, suffixes, config.head_modules)
+        self._excluded = {name for name in targets if matches(name, left_out)}
+        self._targets = [name for name in targets if name not in self._excluded]
+        unknown = [name for name in left_out if not any(matches(target, [name]) for target in targets)]
+        if unknown or not self._targets:
+            raise ConfigError(
+                f"exclude_modules: {', '.join(unknown) or 'it'} leaves out {'nothing' if unknown else 'all targets'}. "
+                f"Targets are {', '.join(targets[:12])}{' ...' if len(targets) > 12 else ''}."
+            )
         self._norms = find_norms(model, self._targets) if config.train_norms else []
 
-    def _check_target_module_exists(self, peft_config: MaskConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: MaskConfig, key: str) -> Any:
+        if key in self._excluded:
+            return _ExcludedModule()
         return key in self._targets or key in (peft_config.head_modules or ()) or key in self._norms
 
     def _create_and_replace(
@@ -119,10 +132,38 @@ class MaskModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active: its weights, its head, its labels."""
+        for name in self.peft_config:
+            # Also those that were loaded: whether a task is finished is read off its masks.
+            if self.mask_layers() and name in self.mask_layers()[0].configs and self.phase(name) == "committed":
+                self.finish(name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if names and names[0] in self.peft_config:
             follow_labels(self.model, self.peft_config[names[0]].labels)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskModel":
+        """Refuse a cast before anything of the model is cast."""
+        for layer in self.mask_layers():
+            layer.store.refuse_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop a task; the one that is active then shows its own labels."""
+        super().delete_adapter(adapter_name)
+        names = self.active_adapters
+        if names and names[0] in self.peft_config:
+            follow_labels(self.model, self.peft_config[names[0]].labels)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse a batch of mixed tasks: silently, every row would get the active task.
+
+        Raises:
+            ConfigError: `adapter_names` is given to a forward.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names: mixed batches are not supported. Call set_adapter and one task's rows.")
+        yield
 
     def mask_layers(self) -> list[MaskLinear]:
         """Return the masked linears in the model's order."""
@@ -167,9 +208,7 @@ class MaskModel(BaseTuner):
         for layer in self.mask_layers():
             layer.commit(adapter)
             if self.peft_config[adapter].trains == "mask":
-                for other in layer.configs:
-                    if layer.phase(other) == "committed":
-                        layer.save_values(other, bool(layer.hfcl_owned[other].numel()))
+                layer.save_all()
         self.finish(adapter)
 
     def finish(self, adapter: str) -> None:

@@ -4,6 +4,7 @@ PEFT's `modules_to_save` cannot hold heads of different widths, so the head is a
 Source of the gap: huggingface/peft issue 2136.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,6 +43,14 @@ class OwnLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter's copy active; a finished one never trains again."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_finished()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of adapters on or off; a finished one stays frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_finished()
+
+    def _freeze_finished(self) -> None:
         for adapter in self.finished & set(self.hfcl_copy):
             self.hfcl_copy[adapter].requires_grad_(False)
 
