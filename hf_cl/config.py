@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,28 @@ from hf_cl.errors import ConfigError
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[Any, ...] = ()) -> Any:
-    """Declare one option of a frozen dataclass with its description and, where few, its values."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple[Any, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Declare one option of a frozen dataclass: its description and, where known, its values or its range.
+
+    Args:
+        default: The default; none makes the key required.
+        help: One line that says what it is.
+        choices: The allowed values, where they are few.
+        least: The smallest allowed number.
+        above: A number that it must exceed.
+        below: A number that it must stay under.
+        most: The largest allowed number.
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "above": above, "below": below, "most": most}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -81,7 +101,24 @@ def read_option(value: Any, hint: Any, field: dataclasses.Field[Any], where: str
     if choices and value not in choices:
         hint_text = did_you_mean(str(value), map(str, choices))
         raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}.{hint_text}")
+    _check_range(value, field.metadata, where)
     return value
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any], where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    rules = {
+        "at least": ("least", operator.ge),
+        "above": ("above", operator.gt),
+        "below": ("below", operator.lt),
+        "at most": ("most", operator.le),
+    }
+    asked = {words: (metadata.get(key), holds) for words, (key, holds) in rules.items()}
+    stated = {words: (bound, holds) for words, (bound, holds) in asked.items() if bound is not None}
+    if not all(holds(value, bound) for bound, holds in stated.values()):
+        wanted = " and ".join(f"{words} {bound:g}" for words, (bound, _) in stated.items())
+        raise ConfigError(f"{where}: expected a number {wanted}, found {value!r}.")
 
 
 def _as_float(value: Any) -> Any:

@@ -16,7 +16,7 @@ from hf_cl.training.evaluation import evaluate
 
 def evaluate_run(
     path: Path, base: "Base | str | None" = None, specs: Sequence[TaskSpec] | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Return fresh test metrics of every task of a run, by name.
 
     Args:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_cl import plugins
 from hf_cl.data import Task, collator, tokenise
 from hf_cl.errors import ConfigError, DataError, RunError
-from hf_cl.layers.base import Base, base_fingerprint, load_base
+from hf_cl.layers.base import Base, lasting, load_base
 from hf_cl.layers.targets import find_head
 from hf_cl.metrics import AccuracyMatrix
 from hf_cl.proof import probe_digest
@@ -64,8 +64,8 @@ class ContinualLearner:
         """
         self.base = _as_base(base, tokenizer)
         self.args = training_args or TrainingArguments(output_dir="trainer_output", save_strategy="no", report_to=[])
-        self.fingerprint = base_fingerprint(self.base.model, self.base.head)
         self.method_name, self.options, self.method = _as_method(self.base, config, int(self.args.seed))
+        self.base = self.method.base
         self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
         self.records: list[dict[str, Any]] = []
         self._tests: list[Any] = []
@@ -116,24 +116,30 @@ class ContinualLearner:
             self.compute_metrics,
             self.callbacks,
         )
-        self._tests.append(rows["test"])
-        self.records.append({"name": task.name})
-        metrics = self.evaluate()
         self.method.activate(index)
-        self.records[index] = {
+        record: dict[str, Any] = {
             "name": task.name,
             "labels": list(task.labels),
             "source": task.source,
             "facts": self.method.facts(index),
             "parts": self.method.parts(index),
             "probe": probe_digest(self.method.model),
-            "metrics": metrics,
+            "metrics": {},
             "seconds": round(training.seconds, 3),
             "steps": training.steps,
         }
-        return self.records[index]
+        self.records.append(record)
+        self._tests.append(rows["test"])
+        try:
+            record["metrics"] = self.evaluate()
+        except BaseException:
+            # A metric of the user's failed, or Ctrl-C: a task is learned whole or not at all.
+            self.records.pop(), self._tests.pop()
+            self.method.abandon(index)
+            raise
+        return record
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, Any]]:
         """Return fresh test metrics of every task learned, by task name."""
         found = {}
         for index, name in enumerate(self.tasks):
@@ -164,7 +170,19 @@ class ContinualLearner:
         self.method.activate(self.tasks.index(name))
 
     def remember(self, task: Task) -> None:
-        """Give a restored task's rows back, so that it can be evaluated."""
+        """Give a restored task's rows back, so that it can be evaluated.
+
+        Raises:
+            DataError: No such task was learned, or its labels are others now.
+        """
+        if task.name not in self.tasks:
+            raise DataError(f"task {task.name!r} was not learned; learned are {', '.join(self.tasks) or 'none'}.")
+        labels = self.records[self.tasks.index(task.name)]["labels"]
+        if list(task.labels) != list(labels):
+            raise DataError(
+                f"task {task.name!r} learned the labels {', '.join(labels):.200}, these rows have "
+                f"{', '.join(task.labels):.200}. Give the rows it was learned on."
+            )
         rows: DatasetDict = tokenise(task, self.base.tokenizer, self.max_length)
         self._tests[self.tasks.index(task.name)] = rows["test"]
 
@@ -186,7 +204,7 @@ class ContinualLearner:
         return {
             "model": self.base.name,
             "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.method.fingerprint,
             "method": {"name": self.method_name, "options": self.options},
             "seed": int(self.args.seed),
             "max_length": self.max_length,
@@ -229,7 +247,7 @@ def _as_base(base: "str | nn.Module | Base", tokenizer: Any) -> Base:
     if tokenizer is None:
         raise ConfigError(f"tokenizer: a loaded {type(base).__name__} needs its tokenizer. Pass it, or pass a Hub id.")
     name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
-    return Base(base, tokenizer, Path(name).name if Path(name).is_dir() else name, tuple(find_head(base, None, ())))
+    return Base(base, tokenizer, lasting(name), tuple(find_head(base, None, ())))
 
 
 def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any], Method]:

@@ -165,7 +165,7 @@ def check(values: Mapping[str, Any], root: Path) -> Checked:
         options=read(module.Options, method, f"recipe.method ({name})"),
         training=_check_training(training),
         max_length=max_length,
-        tuning=_check_tuning(recipe.tuning or {}),
+        tuning=_check_tuning(recipe.tuning or {}, module.Options),
     )
 
 
@@ -187,13 +187,19 @@ def _check_training(training: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-def _check_tuning(tuning: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _check_tuning(tuning: Mapping[str, Any], options: type) -> dict[str, list[Any]]:
+    """Read every value of the grid as its option would be read, before the first trial."""
+    grid: dict[str, list[Any]] = {}
     for key, values in tuning.items():
-        if not key.startswith(("method.", "training.")) or not isinstance(values, list) or not values:
-            raise ConfigError(
-                f"recipe.tuning.{key}: expected method.<option> or training.<option> and a list of values."
-            )
-    return {key: list(values) for key, values in tuning.items()}
+        block, _, name = key.partition(".")
+        where = f"recipe.tuning.{key}"
+        if block not in ("method", "training") or not name or not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: expected method.<option> or training.<option> and a list of values.")
+        if block == "training":
+            grid[key] = [_check_training({name: value})[name] for value in values]
+        else:
+            grid[key] = [getattr(read(options, {name: value}, where), name) for value in values]
+    return grid
 
 
 def data_dir() -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_cl import plugins
 from hf_cl.config import read
-from hf_cl.errors import BaseModelError, RunError
+from hf_cl.errors import BaseModelError, HfClError, RunError
 from hf_cl.layers.base import Base, base_fingerprint, load_base
 from hf_cl.ownership.digest import task_digest
 from hf_cl.proof import probe_digest
@@ -101,16 +101,21 @@ def verify(path: Path, base: Base | str | None = None) -> Verdict:
     folder = RunFolder.open(path)
     base = base if isinstance(base, Base) else _load(folder, base)
     method = build_method(folder.manifest, base)
+    if not folder.tasks:
+        raise RunError(f"{path}: no task is finished, so there is nothing to verify. Go on with --resume.")
     verdict = Verdict(files=folder.changed_files())
     unreadable: dict[int, str] = {}
     for index, task in enumerate(folder.tasks):
         try:
             method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index, trust=True)))
-        except RunError as error:
+        except HfClError as error:
             unreadable[index] = str(error)
             break
-    if folder.manifest["shared"]:
-        method.restore_shared(folder.read(folder.manifest["shared"], trust=True))
+    if folder.manifest["shared"] and not unreadable:
+        try:
+            method.restore_shared(folder.read(folder.manifest["shared"], trust=True))
+        except HfClError as error:
+            unreadable[0] = str(error)
     for index, task in enumerate(folder.tasks):
         if unreadable and index >= min(unreadable):
             why = unreadable.get(index, "an earlier task cannot be read")

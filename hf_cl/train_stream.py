@@ -17,6 +17,7 @@ from hf_cl.config import read
 from hf_cl.data import TaskSpec, load_task, read_stream, spec_values
 from hf_cl.errors import ConfigError, RunError
 from hf_cl.from_recipe import build_learner
+from hf_cl.layers.base import lasting
 from hf_cl.learner import ContinualLearner
 from hf_cl.recipe import Checked, data_dir
 from hf_cl.results import results
@@ -129,17 +130,11 @@ def _header(
 ) -> dict[str, Any]:
     return {
         **learner.header(),
-        "model": _lasting(recipe.model.name),
         "stream": stream_name(recipe.stream),
         "stream_tasks": [spec_values(spec) for spec in specs],
         "training": recipe.training,
         "tuning": tuning,
     }
-
-
-def _lasting(model: str) -> str:
-    """Return a Hub id as it is, and a local folder so that it is found from anywhere on this machine."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def stream_name(stream: Any) -> str:
@@ -158,25 +153,28 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFold
     if not path.exists():
         return None
     folder = RunFolder.open(path)
-    ours = {
-        "model": _lasting(recipe.model.name),
-        "training": recipe.training,
-        "max_length": recipe.max_length,
-    }
-    theirs = folder.manifest
-    different = [name for name, value in ours.items() if not recipe.tuning and theirs.get(name) != value]
+    theirs, tuned = folder.manifest, set(recipe.tuning)
+    ours = {"model": lasting(recipe.model.name), "max_length": recipe.max_length}
+    different = [name for name, value in ours.items() if theirs.get(name) != value]
     if _what(theirs["stream_tasks"]) != _what([spec_values(spec) for spec in specs]):
         different.append("stream")
     if theirs["method"]["name"] != recipe.method:
         different.append("method")
-    elif not recipe.tuning and theirs["method"]["options"] != asdict(recipe.options):
-        different.append("method options")
+    else:
+        different += _unlike("method", theirs["method"]["options"], asdict(recipe.options), tuned)
+    different += _unlike("training", theirs["training"], recipe.training, tuned)
     if different:
         raise RunError(
             f"{path}: is a run with another {', '.join(different)}. Resume it with the recipe it was started with, or "
             f"choose another --output-dir."
         )
     return folder
+
+
+def _unlike(block: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], tuned: set[str]) -> list[str]:
+    """Return the dotted keys that differ, but for those that tuning chose."""
+    keys = sorted({*theirs, *ours})
+    return [f"{block}.{key}" for key in keys if theirs.get(key) != ours.get(key) and f"{block}.{key}" not in tuned]
 
 
 def _what(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +190,7 @@ def _chosen(recipe: Checked, folder: RunFolder) -> Checked:
 
 
 def _require_base(folder: RunFolder, learner: ContinualLearner) -> None:
-    if learner.fingerprint != folder.manifest["fingerprint"]:
+    if learner.method.fingerprint != folder.manifest["fingerprint"]:
         raise RunError(f"{folder.path}: was learned on another {folder.manifest['model']}. Use the same revision.")
 
 

@@ -191,7 +191,7 @@ def test_a_base_is_a_folder_or_a_loaded_model_with_its_tokenizer(base_folder, tm
     for given in ((str(base_folder), None), (tiny.fresh(base_folder).model, tiny.tokenizer())):
         learner = ContinualLearner(*given, options, args, max_length=8)
         learner.learn(tiny.task())
-        records.append((learner.fingerprint, learner.records[0]["parts"], learner.records[0]["metrics"]))
+        records.append((learner.method.fingerprint, learner.records[0]["parts"], learner.records[0]["metrics"]))
     assert records[0] == records[1]
 
 

@@ -21,9 +21,13 @@ def tensors(number):
     return {"task": {"masks": torch.full((9,), number, dtype=torch.uint8)}, "head": {"w": torch.full((2,), 0.5)}}
 
 
+def record(name):
+    return {"name": name, "labels": ["a", "b"], "parts": {}, "probe": ""}
+
+
 def add(folder, name="pets", **more):
     index = len(folder.tasks)
-    folder.add_task({"name": name}, {index: tensors(index)}, **more)
+    folder.add_task(record(name), {index: tensors(index)}, **more)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_what_is_added_is_read_back_by_who_opens_the_folder(folder):
 
 def test_a_part_without_tensors_has_no_file(tmp_path):
     folder = RunFolder.create(tmp_path / "run", HEADER)
-    folder.add_task({"name": "pets"}, {0: {"task": {}, "head": tensors(0)["head"]}})
+    folder.add_task(record("pets"), {0: {"task": {}, "head": tensors(0)["head"]}})
     assert list(folder.tasks[0]["files"]) == ["head"]
     assert RunFolder.open(folder.path).parts(0)["task"] == {}
 
@@ -88,7 +92,7 @@ def test_one_content_gives_one_folder_byte_for_byte(tmp_path):
 def test_a_rewritten_task_has_its_new_tensors_and_its_old_file_is_gone(folder):
     before = folder.tasks[0]["files"]["task"]["file"]
     changed = {0: {"task": {"masks": torch.zeros(9)}, "head": tensors(0)["head"]}, 1: tensors(1)}
-    folder.add_task({"name": "weather"}, changed)
+    folder.add_task(record("weather"), changed)
     assert torch.equal(RunFolder.open(folder.path).parts(0)["task"]["masks"], torch.zeros(9))
     assert before not in files(folder.path)
 
@@ -179,7 +183,12 @@ def test_the_same_open_folder_takes_the_task_again_after_any_failure(folder, tmp
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     file = tmp_path / "file"
-    for _ in every_failure(lambda: [write_atomic(file, b"new") for _ in range(2)]):
+
+    def action():
+        write_atomic(file, b"new")
+        write_atomic(file, b"new")
+
+    for _ in every_failure(action):
         assert not file.exists() or file.read_bytes() in (b"old", b"new")
         assert not [name for name in files(tmp_path) if name != "file"]
         file.write_bytes(b"old")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,8 @@ SPOILT = {
     "a head's weight": ("head", flip("classifier.weight"), "head"),
     "a norm's weight": ("head", flip("LayerNorm.weight"), "head"),
     "an owned value": ("task", flip("values"), "values"),
-    "a mask's entry": ("task", flip_in_bitmap, "masks"),
+    # Where the entry that moved in or out is another task's, the stored values no longer fit, and that is said.
+    "a mask's entry": ("task", flip_in_bitmap, "masks|claimed entries"),
 }
 
 
@@ -152,7 +154,7 @@ def test_one_changed_element_is_seen_and_named(run, what, index, cover, base):
     assert verdict.files == ([] if cover else [file])
     found = {task["name"]: task for task in verdict.tasks}
     name = ("pets", "weather")[index]
-    assert moved in " ".join(found[name]["moved"]), found
+    assert re.search(moved, " ".join(found[name]["moved"])), found
     assert found[name]["before"] != found[name]["after"]
     if index == 1:
         assert found["pets"]["moved"] == []

@@ -235,7 +235,7 @@ def test_resuming_where_nothing_is_begins(finished, tiny_recipe, tmp_path, here)
 
 OTHERS = {
     "method": ["method=lora"],
-    "method options": ["method.density=0.2"],
+    r"method\.density": ["method.density=0.2"],
     "training": ["training.learning_rate=0.5"],
     "max_length": ["training.max_length=9"],
     "stream": ["stream=[{name: pets, dataset: data/pets}]"],

@@ -3,6 +3,7 @@
 A test module says `pytest_plugins = ["tiny"]` to have the fixtures, and `import tiny` to have the functions.
 """
 
+import gc
 import json
 from pathlib import Path
 
@@ -18,20 +19,25 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from hf_cl import ContinualLearner, plugins, task_from_datasets
 from hf_cl.layers.base import Base, load_base
 
-WORDS = (
-    "red green blue warm cold wet dry cat dog bird fish tree leaf root stone sand rain snow wind sun moon star sea "
-    "lake hill road car train boat plane bread milk salt sugar tea egg fork spoon plate cup door wall roof floor"
-).split()
+TEXT = """
+red green blue warm cold wet dry cat dog bird fish tree leaf root stone sand rain snow wind sun moon star sea lake
+hill road car train boat plane bread milk salt sugar tea egg fork spoon plate cup door wall roof floor
+"""
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LABELS = {"pets": ("tame", "wild"), "weather": ("mild", "odd", "rough"), "food": ("sweet", "sour")}
 """Two tasks with different label counts, and a third for later; sorted, as names found in data are."""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # Each Trainer collects garbage; walking all that the imports made took more than half of a tiny training.
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -29,7 +29,7 @@ class Base:
     Attributes:
         model: The sequence classifier; its encoder is pretrained, its head is not.
         tokenizer: Its tokenizer.
-        name: Hub id, or the local folder's name.
+        name: Hub id, or the local folder's absolute path.
         head: Names of the layers that are a task's own, the classifier last.
     """
 
@@ -72,8 +72,12 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    public = Path(name).name if Path(name).is_dir() else name
-    return Base(model, tokenizer, public, tuple(find_head(model, head, missing_parameters(info))))
+    return Base(model, tokenizer, lasting(name), tuple(find_head(model, head, missing_parameters(info))))
+
+
+def lasting(name: str) -> str:
+    """Return a Hub id as it is, and a local folder so that it is found from anywhere on this machine."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _packaged(name: str) -> str | None:

@@ -61,7 +61,8 @@ class TaskLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        # Not `base_layer`: PEFT takes whatever has that for a layer of its own.
+        self.original = base_layer.requires_grad_(False)
         self.copies = nn.ModuleDict()
         self.active: str | None = None
 
@@ -71,7 +72,7 @@ class TaskLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the active copy; x is cast to its dtype."""
-        layer = self.base_layer if self.active is None else self.copies[self.active]
+        layer = self.original if self.active is None else self.copies[self.active]
         return run_copy(layer, x)
 
 

@@ -28,9 +28,9 @@ class TaskHeads:
         """Add task number `index` with a fresh head and make it active and trainable."""
         std = float(getattr(self.model.config, "initializer_range", 0.02))
         for name, layer in self.layers.items():
-            rows = len(labels) if name == self.names[-1] else layer.base_layer.out_features
+            rows = len(labels) if name == self.names[-1] else layer.original.out_features
             made = task_copy(
-                layer.base_layer,
+                layer.original,
                 out_features=int(rows),  # type: ignore[arg-type]
                 std=std,
                 generator=task_generator(self.seed, index, name),

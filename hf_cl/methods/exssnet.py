@@ -21,20 +21,28 @@ from hf_cl.tuner import MaskConfig
 class Options:
     """Options of `exssnet`."""
 
-    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.")
+    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.", above=0, most=1)
     compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
-    scale: float = option(1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.")
+    scale: float = option(
+        1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.", above=0
+    )
     rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
-    mask_share: float = option(0.67, help="Share of a task's steps that train the mask; the rest train values.")
+    mask_share: float = option(
+        0.67, help="Share of a task's steps that train the mask; the rest train values.", above=0, below=1
+    )
     claim: str = option("intersect", help="Free part of the mask, or the whole budget from free entries.",
                         choices=("intersect", "free_topk"))  # fmt: skip
     start: str = option("kkt", help="Where scores begin.", choices=("kkt", "fresh"))
-    kkt_k: int = option(10, help="Neighbours that vote in KKT.")
-    kkt_sample: int = option(512, help="Training texts that KKT looks at.")
-    kkt_margin: float = option(5.0, help="Head start of a source's entries, in steps of the scores' learning rate.")
-    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.")
-    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.")
-    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    kkt_k: int = option(10, help="Neighbours that vote in KKT.", least=1)
+    kkt_sample: int = option(512, help="Training texts that KKT looks at.", least=2)
+    kkt_margin: float = option(
+        5.0, help="Head start of a source's entries, in steps of the scores' learning rate.", least=0
+    )
+    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
+    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)
+    head_learning_rate: float | None = option(
+        None, help="Peak learning rate of the head; none: the training's.", above=0
+    )
     values_dtype: str = option("bfloat16", help="What values are rounded to.", choices=("bfloat16", "float32"))
     train_norms: bool = option(False, help="Give every task its own copies of the norms.")
 

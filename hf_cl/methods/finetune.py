@@ -25,8 +25,10 @@ from hf_cl.training.method import Method, Packed, Settled, Tensors
 class Options:
     """Options of `finetune`."""
 
-    learning_rate: float = option(5e-5, help="Peak learning rate of the encoder.")
-    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    learning_rate: float = option(5e-5, help="Peak learning rate of the encoder.", above=0)
+    head_learning_rate: float | None = option(
+        None, help="Peak learning rate of the head; none: the training's.", above=0
+    )
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> "Finetune":
@@ -40,6 +42,7 @@ class Finetune(Method):
     def __init__(self, base: Base, options: Options, seed: int) -> None:
         super().__init__(base)
         self.options = options
+        base.model.requires_grad_(True)
         self.heads = TaskHeads(base, seed)
         base.model.accepts_loss_kwargs = False
 
@@ -84,7 +87,6 @@ class Finetune(Method):
     def commit(self, index: int) -> None:
         """Freeze the head; the encoder stays open to the next task."""
         self.heads.freeze(index)
-        self._encoder_before = {}
 
     def activate(self, index: int) -> None:
         """Make a task's head active."""

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_cl.config import option
 from hf_cl.errors import RunError
-from hf_cl.layers.base import Base, base_fingerprint
+from hf_cl.layers.base import Base
 from hf_cl.layers.heads import task_generator
 from hf_cl.layers.targets import family_of, find_targets
 from hf_cl.layers.task_heads import TaskHeads, load_exactly
@@ -30,11 +30,13 @@ from hf_cl.training.method import Method, Packed, Settled
 class Options:
     """Options of `lora`."""
 
-    r: int = option(8, help="Rank of each update.")
-    alpha: float | None = option(None, help="LoRA's alpha; none: twice the rank.")
-    dropout: float = option(0.0, help="Dropout before the update.")
-    learning_rate: float = option(3e-3, help="Peak learning rate of the adapter.")
-    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    r: int = option(8, help="Rank of each update.", least=1)
+    alpha: float | None = option(None, help="LoRA's alpha; none: twice the rank.", above=0)
+    dropout: float = option(0.0, help="Dropout before the update.", least=0, below=1)
+    learning_rate: float = option(3e-3, help="Peak learning rate of the adapter.", above=0)
+    head_learning_rate: float | None = option(
+        None, help="Peak learning rate of the head; none: the training's.", above=0
+    )
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> "Lora":
@@ -50,7 +52,6 @@ class Lora(Method):
         self.options, self.seed = options, seed
         stored = (settled or {}).get("target_modules")
         self.targets = stored or find_targets(base.model, family_of(base.model).targets, base.head)
-        self.fingerprint = base_fingerprint(base.model, base.head)
         self.heads = TaskHeads(base, seed)
         base.model.accepts_loss_kwargs = False
         base.model.requires_grad_(False)
@@ -97,7 +98,8 @@ class Lora(Method):
 
     def _adapter_tensors(self, index: int) -> dict[str, Tensor]:
         suffix = f".{_adapter(index)}.weight"
-        return {name: tensor for name, tensor in self.model.named_parameters() if name.endswith(suffix)}
+        named = self.model.named_parameters()
+        return {name: tensor for name, tensor in named if ".lora_" in name and name.endswith(suffix)}
 
     def abandon(self, index: int) -> None:
         """Forget the adapter and the head."""

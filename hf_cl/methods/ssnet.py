@@ -20,14 +20,20 @@ from hf_cl.tuner import MaskConfig
 class Options:
     """Options of `ssnet`."""
 
-    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.")
+    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.", above=0, most=1)
     compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
-    scale: float = option(1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.")
+    scale: float = option(
+        1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.", above=0
+    )
     rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
-    mask_share: float = option(0.67, help="Share of a task's steps that train the mask; the rest train values.")
-    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.")
-    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.")
-    head_learning_rate: float | None = option(None, help="Peak learning rate of the head; none: the training's.")
+    mask_share: float = option(
+        0.67, help="Share of a task's steps that train the mask; the rest train values.", above=0, below=1
+    )
+    scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
+    values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)
+    head_learning_rate: float | None = option(
+        None, help="Peak learning rate of the head; none: the training's.", above=0
+    )
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:

@@ -34,6 +34,7 @@ FORMAT = 1
 MANIFEST = "run.json"
 RESULTS = "results.json"
 KEYS = ("model", "fingerprint", "method", "seed", "max_length", "tasks", "shared")
+TASK_KEYS = {"name", "labels", "parts", "probe", "files"}
 FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
 
 
@@ -62,7 +63,7 @@ class RunFolder:
         for name in ("tasks", "shared"):
             (path / name).mkdir(parents=True, exist_ok=True)
         folder = cls(path, {"format": FORMAT, **header, "tasks": [], "shared": None})
-        folder._write_manifest()
+        folder._replace_manifest(folder.manifest)
         return folder
 
     @staticmethod
@@ -103,6 +104,10 @@ class RunFolder:
         missing = [key for key in KEYS if key not in manifest]
         if missing:
             raise RunError(f"{file}: lacks {', '.join(missing)}. Restore it from a copy, or run again.")
+        tasks = manifest["tasks"]
+        whole = isinstance(tasks, list) and all(isinstance(task, dict) and set(task) >= TASK_KEYS for task in tasks)
+        if not whole:
+            raise RunError(f"{file}: its tasks are no records of finished tasks. Restore it from a copy, or run again.")
         return cls(path, manifest)
 
     @property
@@ -141,14 +146,12 @@ class RunFolder:
         self._require_room(sum(map(len, blobs.values())))
         for name, data in blobs.items():
             write_atomic(self.path / name, data)
-        self.manifest = manifest
-        self._write_manifest()
+        self._replace_manifest(manifest)
         self._sweep()
 
     def update(self, **values: Any) -> None:
         """Set fields of the manifest and write it."""
-        self.manifest = {**self.manifest, **values}
-        self._write_manifest()
+        self._replace_manifest({**self.manifest, **values})
 
     def read(self, entry: Mapping[str, Any] | None, *, trust: bool = False) -> dict[str, Tensor]:
         """Return the tensors of one file entry of the manifest; an absent entry has none.
@@ -192,8 +195,10 @@ class RunFolder:
         file = self.path / str(entry["file"])
         return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
 
-    def _write_manifest(self) -> None:
-        write_atomic(self.path / MANIFEST, json_bytes(self.manifest))
+    def _replace_manifest(self, manifest: dict[str, Any]) -> None:
+        """Write a manifest; what this object holds follows the disk, also when writing fails."""
+        write_atomic(self.path / MANIFEST, json_bytes(manifest))
+        self.manifest = manifest
 
     def _require_room(self, size: int) -> None:
         free = shutil.disk_usage(self.path).free
@@ -206,7 +211,7 @@ class RunFolder:
         named = {entry["file"] for task in self.tasks for entry in task["files"].values()}
         named |= {self.manifest["shared"]["file"]} if self.manifest["shared"] else set()
         for name in ("tasks", "shared"):
-            for file in (self.path / name).iterdir():
+            for file in (self.path / name).glob("*"):
                 if f"{name}/{file.name}" not in named:
                     file.unlink()
 

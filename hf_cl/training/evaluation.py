@@ -1,6 +1,7 @@
 """Evaluating a task: every cell of the accuracy matrix is a fresh pass over the task's rows."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def evaluate(
     collator: Any,
     args: TrainingArguments,
     compute_metrics: ComputeMetrics | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return a model's metrics on tokenised rows: `accuracy`, `macro_f1`, `loss`, and the user's own.
 
     Args:
@@ -52,4 +53,13 @@ def evaluate(
         "test_steps_per_second",
         "test_model_preparation_time",
     )
-    return {key.removeprefix("test_"): float(value) for key, value in found.items() if key not in timing}
+    return {key.removeprefix("test_"): _plain(value) for key, value in found.items() if key not in timing}
+
+
+def _plain(value: Any) -> Any:
+    """Return a metric as a JSON value: a number that is none is null, anything else a user's metric gives stays."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)

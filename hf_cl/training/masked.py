@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_cl.errors import RunError
-from hf_cl.layers.base import Base, base_fingerprint
+from hf_cl.layers.base import Base
 from hf_cl.layers.task_heads import load_exactly
 from hf_cl.masks.coding import decode, encode
 from hf_cl.ownership.digest import digest
@@ -60,7 +60,6 @@ class MaskedMethod(Method):
         self.config.task_type = "SEQ_CLS"
         self.rates = {role: rate for role, rate in (rates or {}).items() if rate is not None}
         self.mask_share, self.kkt = mask_share, kkt
-        self.fingerprint = base_fingerprint(base.model, base.head)
         self._model: PeftModel | None = None
         self._callback: OwnershipCallback | None = None
 
@@ -146,10 +145,14 @@ class MaskedMethod(Method):
         return {"base": self.tuner.base_digest()} | {part: digest(tensors) for part, tensors in found.items()}
 
     def facts(self, index: int) -> dict[str, Any]:
-        """Return density, overlap, trainable share, claimed cells, capacity, and KKT's choice."""
+        """Return density, overlap, trainable share, cells claimed (SSNet: trained), capacity, and KKT's choice."""
         adapter = adapter_of(index)
-        claimed = sum(int(layer.own(adapter).count_nonzero()) for layer in self.tuner.mask_layers())
-        facts: dict[str, Any] = {"trainable": claimed, "capacity_used": self.tuner.capacity_used()}
+        layers = self.tuner.mask_layers()
+        if self.config.trains == "mask":
+            cells = sum(int(layer.mask(adapter).count_nonzero()) for layer in layers)
+        else:
+            cells = sum(int(layer.own(adapter).count_nonzero()) for layer in layers)
+        facts: dict[str, Any] = {"trainable": cells, "capacity_used": self.tuner.capacity_used()}
         if self._callback is not None and self._callback.adapter == adapter:
             facts |= {name: self._callback.facts[name] for name in ("density", "overlap", "trainable_share")}
             choice = self._callback.choice
@@ -183,6 +186,9 @@ class MaskedMethod(Method):
         """
         self.begin(index, labels)
         adapter, layers = adapter_of(index), self.tuner.mask_layers()
+        missing = {"masks", "lengths"} - set(packed.task)
+        if missing:
+            raise RunError(f"task {index}: its file lacks {', '.join(sorted(missing))}. Restore it from a copy.")
         lengths = packed.task["lengths"].tolist()
         if len(lengths) != len(layers) or sum(lengths) != packed.task["masks"].numel() or min(lengths) < 0:
             raise RunError(

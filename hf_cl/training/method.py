@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_cl.layers.base import Base
+from hf_cl.errors import ConfigError
+from hf_cl.layers.base import Base, base_fingerprint
+from hf_cl.layers.heads import TaskLayer
 
 Tensors = dict[str, Tensor]
 Settled = Mapping[str, Any]
@@ -37,7 +40,15 @@ class Method(ABC):
     """One way to learn a stream of tasks on one base."""
 
     def __init__(self, base: Base) -> None:
+        """Take a base that no other method has wrapped.
+
+        Raises:
+            ConfigError: The base is wrapped already.
+        """
+        if any(isinstance(module, BaseTunerLayer | TaskLayer) for module in base.model.modules()):
+            raise ConfigError(f"base {base.name}: another learner has wrapped it already. Load it anew for this one.")
         self.base = base
+        self.fingerprint = base_fingerprint(base.model, base.head)
 
     @property
     @abstractmethod

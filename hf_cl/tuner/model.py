@@ -260,10 +260,6 @@ class MaskModel(BaseTuner):
             "capacity_left": free / size,
         }
 
-    def trained_count(self, adapter: str) -> int:
-        """Return how many values of the store a finished task has trained."""
-        return sum(layer.hfcl_owned[adapter].numel() for layer in self.mask_layers())
-
     def own_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the task's head and norms by layer and parameter name."""
         return {
