@@ -1,25 +1,22 @@
-# quickstart and test set themselves up; all else uses the same .venv.
+# Every target sets itself up in .venv first, once.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Set SETUP=no to use an environment that is ready (CI does).
-SETUP ?= yes
 
 .PHONY: quickstart test check slow results install clean
 
 install: $(VENV)/.installed
 
-# torch comes first and pinned: a looser range would pull several gigabytes of accelerator libraries.
+# torch comes first and pinned, so that a build of it which is chosen for this machine is not replaced later.
 $(VENV)/.installed: pyproject.toml constraints.txt
-ifeq ($(SETUP),yes)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[offline,plots,test]"
 	touch $@
-endif
 
 quickstart: install
 	$(BIN)/hf-cl train quickstart --output-dir runs/quickstart --overwrite
+	@echo "hf-cl is in $(BIN); put it on your path with: source $(BIN)/activate"
 
 test: install
 	$(BIN)/python -m pytest
@@ -37,4 +34,4 @@ results: install
 	$(BIN)/python scripts/make_results.py
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) build dist

@@ -1,5 +1,6 @@
 """`ContinualLearner`: learn one task after another on one base, and keep every earlier one as it was."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class ContinualLearner:
             ConfigError: A loaded model without a tokenizer, or a config of no method.
             BaseModelError: The base cannot be loaded.
         """
-        self.base = _as_base(base, tokenizer)
+        named = config.head_modules if isinstance(config, MaskConfig) else None
+        self.base = _as_base(base, tokenizer, named)
         self.args = training_args or TrainingArguments(output_dir="trainer_output", save_strategy="no", report_to=[])
         self.method_name, self.options, self.method = _as_method(self.base, config, int(self.args.seed))
         self.base = self.method.base
@@ -239,15 +241,15 @@ class ContinualLearner:
         return Path(path)
 
 
-def _as_base(base: "str | nn.Module | Base", tokenizer: Any) -> Base:
+def _as_base(base: "str | nn.Module | Base", tokenizer: Any, head: Sequence[str] | None) -> Base:
     if isinstance(base, Base):
         return base
     if isinstance(base, str):
-        return load_base(base)
+        return load_base(base, head=head)
     if tokenizer is None:
         raise ConfigError(f"tokenizer: a loaded {type(base).__name__} needs its tokenizer. Pass it, or pass a Hub id.")
     name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
-    return Base(base, tokenizer, lasting(name), tuple(find_head(base, None, ())))
+    return Base(base, tokenizer, lasting(name), tuple(find_head(base, head, ())))
 
 
 def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any], Method]:

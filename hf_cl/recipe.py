@@ -7,7 +7,7 @@
     tuning: {method.scale: [1.0, 1.5, 3.0]}          # optional
 
 Dotted keys override (`training.learning_rate=1e-3`), `stream=NAME` replaces the stream, `method=NAME` the
-whole method block by that method's defaults.
+whole method block by that method's defaults, and its grid by none.
 """
 
 import dataclasses
@@ -126,7 +126,9 @@ def override(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     head, dot, rest = key.partition(".")
     block = values.get(head)
     if not dot:
-        return {**values, head: value}
+        return {**_without_grid(values, head), head: value}
+    if head == "tuning":
+        return {**values, head: {**(block or {}), rest: value}}
     if head in ("method", "model", "stream") and isinstance(block, str):
         block = {"name": block}
     if block is None:
@@ -134,6 +136,14 @@ def override(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     if not isinstance(block, Mapping):
         raise ConfigError(f"override {key!r}: `{head}` is {type(block).__name__}, it has no keys.")
     return {**values, head: override(block, rest, value)}
+
+
+def _without_grid(values: Mapping[str, Any], block: str) -> dict[str, Any]:
+    """Return recipe values without the grid of a block that is about to be replaced: its keys mean nothing then."""
+    grid = values.get("tuning")
+    if block != "method" or not isinstance(grid, Mapping):
+        return dict(values)
+    return {**values, "tuning": {key: tried for key, tried in grid.items() if not str(key).startswith("method.")}}
 
 
 def check(values: Mapping[str, Any], root: Path) -> Checked:

@@ -35,6 +35,7 @@ def contents(folder: "RunFolder") -> dict[str, Any]:
         "run": str(folder.path),
         **{name: manifest.get(name) for name in HEAD},
         "stream_tasks": [spec["name"] for spec in manifest.get("stream_tasks") or tasks],
+        "head": list((manifest.get("settled") or {}).get("head_modules", [])),
         "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
         "tasks": tasks,
     }
@@ -77,6 +78,7 @@ def _head(out: Console, content: Mapping[str, Any]) -> None:
     lines = {
         "base": f"{content['model']} ({content['dtype']}), fingerprint {show.short(content['fingerprint'])}",
         "stream": f"{content['stream'] or '-'}: {len(content['tasks'])} of {len(content['stream_tasks'])} tasks",
+        "own": f"each task has its own {', '.join(content['head']) or '-'}",
         "method": method["name"],
         "options": _pairs(method["options"]),
         "training": _pairs({**(content["training"] or {}), "max_length": content["max_length"]}),

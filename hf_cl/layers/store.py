@@ -16,7 +16,7 @@ from hf_cl.masks.compose import clear_entries, start_store, write_entries
 from hf_cl.ownership.owner import all_free
 
 DENSE_FROM = 0.125
-"""Share of kept entries from which one pass over the whole weight beats writing entries one by one."""
+"""Share of kept entries from which, on a CPU, one pass over the weight beats writing entries one by one."""
 
 
 class MaskStore(nn.Module):
@@ -75,8 +75,8 @@ class MaskStore(nn.Module):
             mask: bool, of the weight's shape.
         """
         flat = mask.view(-1)
-        kept = int(flat.count_nonzero())
-        if kept > DENSE_FROM * flat.numel():
+        # An accelerator would have to be waited for to count, and writes the whole weight in no time.
+        if flat.device.type != "cpu" or int(flat.count_nonzero()) > DENSE_FROM * flat.numel():
             full = weight.float() + self.values if self.delta else self.values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
             self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))

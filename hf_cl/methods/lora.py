@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_cl.config import option
-from hf_cl.errors import RunError
+from hf_cl.errors import ConfigError, RunError
 from hf_cl.layers.base import Base
 from hf_cl.layers.heads import task_generator
 from hf_cl.layers.targets import family_of, find_targets
@@ -114,7 +114,13 @@ class Lora(Method):
             self._model.delete_adapter(_adapter(index))
 
     def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
-        """Return the adapter's and the head's groups."""
+        """Return the adapter's and the head's groups.
+
+        Raises:
+            ConfigError: `load_best_model_at_end`: the Trainer restores nothing for an adapter with a name.
+        """
+        if args.load_best_model_at_end:
+            raise ConfigError("load_best_model_at_end: the Trainer cannot restore a named LoRA (transformers #36201).")
         head = self.options.head_learning_rate
         rates = {"lora": self.options.learning_rate, "head": args.learning_rate if head is None else head}
         return parameter_groups(

@@ -16,13 +16,13 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, Any]]
 
 
 def with_ours(own: ComputeMetrics | None) -> ComputeMetrics:
-    """Return a `compute_metrics` that gives accuracy and macro-F1 and keeps what the user's gives."""
+    """Return a `compute_metrics` that gives accuracy and macro-F1, and what the user's gives under other names."""
 
     def compute(prediction: EvalPrediction) -> dict[str, Any]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         chosen, labels = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
         ours = {"accuracy": accuracy(chosen, labels), "macro_f1": macro_f1(chosen, labels, logits.shape[-1])}
-        return {**ours, **(own(prediction) if own else {})}
+        return {**(own(prediction) if own else {}), **ours}
 
     return compute
 
@@ -45,6 +45,8 @@ def evaluate(
     """
     quiet = copy.copy(args)
     quiet.disable_tqdm, quiet.report_to, quiet.load_best_model_at_end = True, [], False
+    # A Trainer that only predicts has no rows to evaluate on while it trains.
+    quiet.eval_strategy = quiet.save_strategy = "no"
     trainer = Trainer(model=model, args=quiet, data_collator=collator, compute_metrics=with_ours(compute_metrics))
     found = trainer.predict(rows, metric_key_prefix="test").metrics or {}
     timing = (

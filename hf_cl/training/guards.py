@@ -49,4 +49,5 @@ class FiniteGradients(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check all gradients at once, by their norm."""
-        require_finite(kwargs["model"].parameters(), state.global_step)
+        if not args.fp16:  # its scaler overflows on purpose, and skips the step itself
+            require_finite(kwargs["model"].parameters(), state.global_step)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_cl.errors import ConfigError
 from hf_cl.layers.base import Base, base_fingerprint
 from hf_cl.layers.heads import TaskLayer
+from hf_cl.layers.targets import refuse_unmaskable
 
 Tensors = dict[str, Tensor]
 Settled = Mapping[str, Any]
@@ -44,9 +45,11 @@ class Method(ABC):
 
         Raises:
             ConfigError: The base is wrapped already.
+            BaseModelError: Its weights are quantised, sharded or on the meta device.
         """
         if any(isinstance(module, BaseTunerLayer | TaskLayer) for module in base.model.modules()):
             raise ConfigError(f"base {base.name}: another learner has wrapped it already. Load it anew for this one.")
+        refuse_unmaskable(base.model)
         self.base = base
         self.fingerprint = base_fingerprint(base.model, base.head)
 

@@ -163,7 +163,8 @@ class OwnershipCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and role_of(name) == off:
                 parameter.grad = None
-        require_finite(model.parameters(), state.global_step)
+        if not args.fp16:  # its scaler overflows on purpose, and skips the step itself
+            require_finite(model.parameters(), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh the masks; at the claim's step fix them and open the values."""
@@ -187,7 +188,7 @@ class OwnershipCallback(TrainerCallback):
             )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add density, overlap, trainable share and capacity left to what is logged (after this callback)."""
+        """Add density, overlap, trainable share and capacity left to what is logged; see `report_last`."""
         logs = kwargs.get("logs")
         if logs is not None and "loss" in logs:
             tuner = self._tuner(kwargs["model"])

@@ -9,10 +9,11 @@ from typing import Any
 from datasets import DatasetDict
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_cl.training.evaluation import ComputeMetrics, with_ours
 from hf_cl.training.groups import set_groups
+from hf_cl.training.guards import refuse_sharding
 from hf_cl.training.method import Method
 
 
@@ -76,23 +77,31 @@ def _trainer(
 ) -> Trainer:
     task_args = copy.copy(args)
     task_args.output_dir = str(Path(args.output_dir or "trainer_output") / f"task{index:04d}")
-    # Reporting comes after ours, so that what our callback adds to the logs is reported too; the Trainer
-    # itself would put its integrations first.
-    task_args.report_to = []
-    return Trainer(
+    refuse_sharding(task_args)
+    trainer = Trainer(
         model=method.model,
         args=task_args,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=collator,
         compute_metrics=with_ours(compute_metrics),
-        callbacks=[
-            *method.callbacks(),
-            *(made() for made in get_reporting_integration_callbacks(args.report_to)),
-            *callbacks,
-        ],
+        callbacks=[*method.callbacks(), *callbacks],
         optimizers=(_optimizer(method, task_args), None),
     )
+    report_last(trainer)
+    return trainer
+
+
+def report_last(trainer: Trainer) -> None:
+    """Move a Trainer's `report_to` integrations behind its other callbacks.
+
+    The Trainer puts them first, so what a callback adds to the logs (density, overlap, capacity left) would
+    not be reported. Call it on your own Trainer after it is made.
+    """
+    integrations = tuple(INTEGRATION_TO_CALLBACK.values())
+    for callback in [made for made in trainer.callback_handler.callbacks if isinstance(made, integrations)]:
+        trainer.remove_callback(callback)
+        trainer.add_callback(callback)
 
 
 def _optimizer(method: Method, args: TrainingArguments) -> Optimizer:

@@ -3,8 +3,8 @@
 A task goes through three phases, and which one it is in is read off its tensors alone, so a reloaded
 checkpoint needs no other state:
 
-    mask       scores train; bits are all zero
-    weight     bits are set; a vector of the entries the task may change trains
+    mask       scores train
+    weight     the threshold is inf: bits are set, a vector of the entries the task may change trains
     committed  scores and vector are gone; bits and the values at the mask's entries remain, as buffers
 
 The vector is registered with the scores, before an optimizer exists, at the mask's kept count, which is
@@ -106,24 +106,36 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         """Return how many entries the adapter's mask keeps in this layer."""
         return kept_count(self.base_layer.weight.numel(), self.configs[adapter].density)
 
+    def budget(self, adapter: str) -> int:
+        """Return how many entries the mask may keep now: its count, or with `free_topk` what is free of it."""
+        count = self.count(adapter)
+        if not self.configs[adapter].free_topk:
+            return count
+        return min(count, int((self.store.owner == FREE).count_nonzero()))
+
+    def ranked(self, adapter: str) -> Tensor:
+        """Return what ranks: the scores, or their magnitudes; with `free_topk`, -inf where an entry is owned."""
+        scores = self.hfcl_scores[adapter].detach()
+        ranked = scores.abs() if self.magnitude(adapter) else scores
+        if not self.configs[adapter].free_topk:
+            return ranked
+        return ranked.where(self.store.owner == FREE, -math.inf)
+
     def magnitude(self, adapter: str) -> bool:
         """Return whether the adapter's scores are ranked by magnitude."""
         return self.configs[adapter].rank == "magnitude"
 
     def phase(self, adapter: str) -> Phase:
         """Return the adapter's phase, read off its tensors."""
-        if not bool(self.hfcl_bits[adapter].any()):
-            return "mask"
-        return "weight" if self.hfcl_scores[adapter].numel() else "committed"
+        if not self.hfcl_scores[adapter].numel():
+            return "committed"
+        return "weight" if bool(self.hfcl_threshold[adapter].isposinf()) else "mask"
 
     def mask(self, adapter: str) -> Tensor:
         """Return the adapter's mask, bool: the exact one from the claim on, before it the kept threshold's."""
         if self.phase(adapter) == "mask":
-            scores = self.hfcl_scores[adapter].detach()
             threshold = self.hfcl_threshold[adapter]
-            if bool(threshold.isnan()):
-                return topk_mask(scores, self.count(adapter), magnitude=self.magnitude(adapter))
-            return (scores.abs() if self.magnitude(adapter) else scores) > threshold
+            return self.exact_mask(adapter) if bool(threshold.isnan()) else self.ranked(adapter) > threshold
         return unpack(self.hfcl_bits[adapter], self.base_layer.weight.shape)
 
     # --- what the active adapter computes with ----------------------------------------------------
@@ -197,20 +209,14 @@ class MaskLinear(nn.Module, BaseTunerLayer):
 
     def exact_mask(self, adapter: str) -> Tensor:
         """Return the mask the scores stand for: exactly the budget, ties by index."""
-        scores, magnitude = self.hfcl_scores[adapter].detach(), self.magnitude(adapter)
-        if not self.configs[adapter].free_topk:
-            return topk_mask(scores, self.count(adapter), magnitude=magnitude)
-        free = (self.store.owner == FREE).view(-1).nonzero().squeeze(1)
-        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        if free.numel():
-            chosen = topk_mask(scores.view(-1)[free], min(self.count(adapter), free.numel()), magnitude=magnitude)
-            mask[free[chosen]] = True
-        return mask.view_as(scores)
+        ranked, budget = self.ranked(adapter), self.budget(adapter)
+        return topk_mask(ranked, budget) if budget else torch.zeros_like(ranked, dtype=torch.bool)
 
     def begin_weight_phase(self, adapter: str) -> int:
         """Fix the mask, fill the vector with the values at its trainable entries; return their number."""
         mask = self.exact_mask(adapter)
         self.hfcl_bits[adapter] = pack(mask)
+        self.hfcl_threshold[adapter].fill_(math.inf)
         where = self.trainable(adapter, mask)
         with torch.no_grad():
             self.hfcl_values[adapter][: where.shape[0]] = self.store.values.view(-1)[where]

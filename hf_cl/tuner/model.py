@@ -184,11 +184,10 @@ class MaskModel(BaseTuner):
         thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])
         masks = [layer.live_mask for layer in layers if layer.live_mask is not None]
         renewed = refresh_masks(
-            [layer.hfcl_scores[adapter].detach() for layer in layers],
+            [layer.ranked(adapter) for layer in layers],
             masks,
             thresholds,
-            [layer.count(adapter) for layer in layers],
-            magnitude=layers[0].magnitude(adapter),
+            [layer.budget(adapter) for layer in layers],
         )
         for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
             layer.hfcl_threshold[adapter].copy_(threshold)
