@@ -145,3 +145,23 @@ def test_report_last_leaves_every_other_callback_where_it_was(tiny_model, argume
         *(kind for kind in kinds if kind is not Recorder),
         Recorder,
     ]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
+def test_every_forward_of_the_weight_phase_uses_the_values_as_the_optimizer_left_them(
+    optim, tiny_base, token_task, arguments
+):
+    method = exssnet.build(tiny_base(), exssnet.Options(**OPTIONS, mask_share=0.4, start="fresh"), seed=0)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            layer = method.tuner.mask_layers()[0]
+            if layer._where is not None:
+                values = layer.hfcl_values["task0"].detach()[: layer._where.numel()].clone()
+                composed = layer.store.weight.view(-1)[layer._where]
+                assert torch.equal(composed, layer._start + values)
+                seen.append(values)
+
+    learn(method, 0, token_task(seed=1, classes=3), arguments(max_steps=6, optim=optim), callbacks=(Look(),))
+    assert len(seen) >= 3 and not torch.equal(seen[0], seen[-1])
