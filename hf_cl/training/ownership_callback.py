@@ -166,6 +166,13 @@ class OwnershipCallback(TrainerCallback):
         if not args.fp16:  # its scaler overflows on purpose, and skips the step itself
             require_finite(model.parameters(), state.global_step)
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say that the values moved: a fused optimizer writes to them past torch's version counter."""
+        values = [layer.hfcl_values[self.adapter] for layer in self._tuner(kwargs["model"]).mask_layers()]
+        torch.autograd.graph.increment_version(values)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh the masks; at the claim's step fix them and open the values."""
         tuner = self._tuner(kwargs["model"])
