@@ -13,6 +13,9 @@ from hf_cl.layers.base import Base
 from hf_cl.runs import open_run
 from hf_cl.training.evaluation import evaluate
 
+EVALUATION = ("per_device_eval_batch_size", "bf16", "fp16", "use_cpu")
+"""Training arguments that an evaluation takes from a run."""
+
 
 def evaluate_run(
     path: Path, base: "Base | str | None" = None, specs: Sequence[TaskSpec] | None = None
@@ -32,7 +35,9 @@ def evaluate_run(
     known = {spec.name: spec for spec in specs or _own_specs(folder.manifest, path)}
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        args = training_arguments(folder.manifest.get("training") or {}, Path(scratch))
+        # A folder may come from anywhere: of its arguments only those that change how rows are evaluated.
+        given = {key: value for key, value in (folder.manifest.get("training") or {}).items() if key in EVALUATION}
+        args = training_arguments(given, Path(scratch))
         for index, record in enumerate(folder.tasks):
             name = record["name"]
             if name not in known:

@@ -1,11 +1,13 @@
 """`ContinualLearner`: learn one task after another on one base, and keep every earlier one as it was."""
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -20,7 +22,7 @@ from hf_cl.storage.run_folder import RunFolder
 from hf_cl.training.evaluation import ComputeMetrics, evaluate
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method, Packed
-from hf_cl.training.train_task import train_task
+from hf_cl.training.train_task import Training, train_task
 from hf_cl.tuner import MaskConfig
 
 MASK_SHARE = 0.67
@@ -118,6 +120,16 @@ class ContinualLearner:
             self.compute_metrics,
             self.callbacks,
         )
+        try:
+            return self._record(index, task, rows["test"], training)
+        except BaseException:
+            # A metric of the user's failed, or Ctrl-C: a task is learned whole or not at all.
+            del self.records[index:], self._tests[index:]
+            self.method.abandon(index)
+            raise
+
+    def _record(self, index: int, task: Task, test: Dataset, training: Training) -> dict[str, Any]:
+        """Record a committed task and evaluate every task seen so far."""
         self.method.activate(index)
         record: dict[str, Any] = {
             "name": task.name,
@@ -126,19 +138,14 @@ class ContinualLearner:
             "facts": self.method.facts(index),
             "parts": self.method.parts(index),
             "probe": probe_digest(self.method.model),
+            "device": next(self.method.model.parameters()).device.type,
             "metrics": {},
             "seconds": round(training.seconds, 3),
             "steps": training.steps,
         }
         self.records.append(record)
-        self._tests.append(rows["test"])
-        try:
-            record["metrics"] = self.evaluate()
-        except BaseException:
-            # A metric of the user's failed, or Ctrl-C: a task is learned whole or not at all.
-            self.records.pop(), self._tests.pop()
-            self.method.abandon(index)
-            raise
+        self._tests.append(test)
+        record["metrics"] = self.evaluate()
         return record
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
@@ -221,7 +228,8 @@ class ContinualLearner:
             files[changed] = {"task": packed.task, "head": packed.head}
         if index == 0:
             folder.update(settled=dict(self.method.settled()))
-        folder.add_task(self.records[index], files, self.method.shared())
+        is_newest = index == len(self.records) - 1
+        folder.add_task(self.records[index], files, self.method.shared() if is_newest else None)
 
     def save_pretrained(self, path: "str | Path", *, overwrite: bool = False) -> Path:
         """Write all that was learned as a run folder that `hf-cl verify`, `eval` and `inspect` read.
@@ -235,10 +243,21 @@ class ContinualLearner:
         """
         if not self.records:
             raise RunError("nothing was learned yet. Call `learn(task)` first.")
-        folder = RunFolder.create(Path(path), self.header(), overwrite=overwrite)
-        for _ in self.records:
-            self.add_to(folder)
-        return Path(path)
+        path = Path(path)
+        RunFolder.require_place(path, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it first: an older save stays whole until this one is.
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            folder = RunFolder.create(scratch / "run", self.header())
+            for _ in self.records:
+                self.add_to(folder)
+            if path.exists():
+                path.rename(scratch / "old")
+            (scratch / "run").rename(path)
+        finally:
+            shutil.rmtree(scratch)
+        return path
 
 
 def _as_base(base: "str | nn.Module | Base", tokenizer: Any, head: Sequence[str] | None) -> Base:

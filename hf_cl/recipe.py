@@ -188,7 +188,7 @@ def _check_training(training: dict[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}.{did_you_mean(key, [*known, 'max_length'])}")
+            raise ConfigError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")
         if key == "output_dir":
             raise ConfigError(f"{where}.output_dir: a run's files lie in its own folder. Use --output-dir.")
         training[key] = read_option(value, hints[key], known[key], f"{where}.{key}")

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_cl import plugins
 from hf_cl.config import read
 from hf_cl.errors import BaseModelError, HfClError, RunError
-from hf_cl.layers.base import Base, base_fingerprint, load_base
+from hf_cl.layers.base import Base, load_base
 from hf_cl.ownership.digest import task_digest
 from hf_cl.proof import probe_digest
 from hf_cl.storage.run_folder import RunFolder
@@ -46,18 +48,19 @@ def build_method(manifest: Mapping[str, Any], base: Base) -> Method:
     Raises:
         BaseModelError: The base is another than the one the run was learned on.
     """
-    fingerprint = base_fingerprint(base.model, base.head)
-    if fingerprint != manifest["fingerprint"]:
-        raise BaseModelError(
-            f"base {base.name!r}: its fingerprint is {fingerprint[:16]}, the run was learned on {manifest['model']!r} "
-            f"with {manifest['fingerprint'][:16]}. Give that model, in the same revision and dtype."
-        )
     name, options = manifest["method"]["name"], manifest["method"]["options"]
     settled = manifest.get("settled")
     if name == "mask_config":
-        return MaskedMethod(base, MaskConfig(**options), settled=settled)
-    module = plugins.load("methods", name)
-    method: Method = module.build(base, read(module.Options, options, "run.method"), manifest["seed"], settled)
+        method: Method = MaskedMethod(base, MaskConfig(**options), settled=settled)
+    else:
+        module = plugins.load("methods", name)
+        method = module.build(base, read(module.Options, options, "run.method"), manifest["seed"], settled)
+    if method.fingerprint != manifest["fingerprint"]:
+        raise BaseModelError(
+            f"base {base.name!r}: its fingerprint is {method.fingerprint[:16]}, the run was learned on "
+            f"{manifest['model']!r} with {manifest['fingerprint'][:16]}. Give that model, in the same "
+            f"revision and dtype."
+        )
     return method
 
 
@@ -116,6 +119,10 @@ def verify(path: Path, base: Base | str | None = None) -> Verdict:
             method.restore_shared(folder.read(folder.manifest["shared"], trust=True))
         except HfClError as error:
             unreadable[0] = str(error)
+    device = str(folder.tasks[-1].get("device", "cpu"))
+    if not unreadable and device == "cuda" and torch.cuda.is_available():
+        # Logits are compared where they were taken; elsewhere they may differ, and the digests are what counts.
+        method.model.to(device)
     for index, task in enumerate(folder.tasks):
         if unreadable and index >= min(unreadable):
             why = unreadable.get(index, "an earlier task cannot be read")

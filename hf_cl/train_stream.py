@@ -60,11 +60,13 @@ def run_stream(
         return done
     if folder is None:
         RunFolder.require_place(output_dir, overwrite=overwrite)
-    tuning = folder.manifest["tuning"] if folder is not None else None
+    tuning = folder.manifest.get("tuning") if folder is not None else None
+    started = time.perf_counter()
     if recipe.tuning and folder is None:
         recipe, tuning = tune(recipe, tasks, progress)
     elif folder is not None:
         recipe = _chosen(recipe, folder)
+    spent = {"tuning": time.perf_counter() - started} if recipe.tuning else {}
     learner = build_learner(recipe, output_dir, compute_metrics)
     progress(f"{recipe.method} on {recipe.model.name}; each task has its own {', '.join(learner.base.head)}")
     if folder is None:
@@ -74,12 +76,11 @@ def run_stream(
         learner.restore(folder)
         for task in tasks[: len(folder.tasks)]:
             learner.remember(task)
-    tuned = time.perf_counter()
     for task in tasks[len(folder.tasks) :]:
         record = learner.learn(task)
         learner.add_to(folder)
         progress(_line(len(folder.tasks), len(tasks), record))
-    return _finish(folder, learner, tuning, {"tuning": tuned - began}, began)
+    return _finish(folder, learner, tuning, spent, began)
 
 
 def _finish(
@@ -156,13 +157,13 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFold
     theirs, tuned = folder.manifest, set(recipe.tuning)
     ours = {"model": lasting(recipe.model.name), "max_length": recipe.max_length}
     different = [name for name, value in ours.items() if theirs.get(name) != value]
-    if _what(theirs["stream_tasks"]) != _what([spec_values(spec) for spec in specs]):
+    if _what(theirs.get("stream_tasks") or []) != _what([spec_values(spec) for spec in specs]):
         different.append("stream")
     if theirs["method"]["name"] != recipe.method:
         different.append("method")
     else:
         different += _unlike("method", theirs["method"]["options"], asdict(recipe.options), tuned)
-    different += _unlike("training", theirs["training"], recipe.training, tuned)
+    different += _unlike("training", theirs.get("training") or {}, recipe.training, tuned)
     if different:
         raise RunError(
             f"{path}: is a run with another {', '.join(different)}. Resume it with the recipe it was started with, or "

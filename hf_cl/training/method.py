@@ -6,7 +6,7 @@ forward reads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,3 @@ class Method(ABC):
     def restore_shared(self, tensors: Tensors) -> None:
         """Take back what `shared` gave; by default there is nothing to take."""
         del tensors
-
-
-Build = Callable[..., Method]

@@ -20,7 +20,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_cl.errors import ConfigError, OwnershipError, TrainingError
 from hf_cl.starts.kkt import Choice
-from hf_cl.training.groups import parameter_groups, require_unstepped, role_of, schedule, set_groups, set_schedule
+from hf_cl.training.groups import (
+    ROLES,
+    parameter_groups,
+    require_unstepped,
+    role_of,
+    schedule,
+    set_groups,
+    set_schedule,
+)
 from hf_cl.training.guards import refuse_sharding, require_finite
 from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
@@ -67,6 +75,7 @@ class OwnershipCallback(TrainerCallback):
         self.facts: dict[str, float] = {}
         self._claim_step = 0
         self._owned = ""
+        self._parameters: dict[str, list[nn.Parameter]] = {}
         self._best: tuple[float, dict[str, Tensor]] | None = None
 
     # --- before the first step ------------------------------------------------------------------------
@@ -94,6 +103,10 @@ class OwnershipCallback(TrainerCallback):
             self.choice = start_by_kkt(tuner, self.adapter, kwargs["train_dataloader"], self.start, rate, args.device)
         if tuner.phase(self.adapter) == "mask":
             tuner.refresh_masks(self.adapter)
+        self._parameters = {role: [] for role in ROLES}
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.requires_grad:
+                self._parameters[role_of(name)].append(parameter)
         self._take_over(kwargs["model"], args, steps, kwargs["optimizer"], kwargs["lr_scheduler"])
         self.facts = tuner.facts(self.adapter)
 
@@ -158,13 +171,11 @@ class OwnershipCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop at a non-finite gradient; drop what DDP may have filled in for the off phase."""
-        model = kwargs["model"]
-        off = "values" if self._tuner(model).phase(self.adapter) == "mask" else "scores"
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and role_of(name) == off:
-                parameter.grad = None
+        off = "values" if self._tuner(kwargs["model"]).phase(self.adapter) == "mask" else "scores"
+        for parameter in self._parameters[off]:
+            parameter.grad = None
         if not args.fp16:  # its scaler overflows on purpose, and skips the step itself
-            require_finite(model.parameters(), state.global_step)
+            require_finite((p for held in self._parameters.values() for p in held), state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -22,8 +22,8 @@ DTYPES = ("float32", "bfloat16")
 class MaskConfig(PeftConfig):
     """Configuration of one masked adapter: one task on a shared store.
 
-    `seed`, `scale`, `compose`, `target_modules` and `head_modules` are the bank's: they are fixed by its
-    first adapter, and a later adapter with others is refused. The rest is the task's.
+    `seed`, `scale`, `compose`, `train_norms`, `target_modules`, `exclude_modules` and `head_modules` are the
+    bank's: they are fixed by its first adapter, and a later adapter with others is refused. The rest is the task's.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -81,6 +81,8 @@ class MaskConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}.")
+        if self.free_topk and self.trains != "claimed":
+            raise ConfigError(f"free_topk: asks for free entries to train, but trains is {self.trains!r}.")
         if not self.scale > 0:
             raise ConfigError(f"scale: expected a number above 0, found {self.scale!r}.")
         if self.id2label is not None:

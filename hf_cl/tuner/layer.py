@@ -14,7 +14,8 @@ Source: ExSSNeT, arXiv 2210.10209; the layout is ours.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -157,6 +158,13 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
         return names[0] if names and names[0] in self.configs else None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskLinear":
+        """Follow the model to another device; what is derived is derived there."""
+        super()._apply(fn, recurse)
+        if self._where is not None:
+            self.compose()
+        return self
+
     def compose(self) -> None:
         """Make the composed weight that of the active adapter, in its phase."""
         adapter, weight = self._adapter(), self.base_layer.weight
@@ -238,7 +246,8 @@ class MaskLinear(nn.Module, BaseTunerLayer):
                 self._overwritten = (adapter, where, self.store.values.view(-1)[where])
             self.store.values.view(-1)[where] = trained
         own = mask & (self.store.owner == FREE)
-        self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
+        with self._owners_change():
+            self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
         self._finish(adapter, mask, own, trained is not None)
 
     def install(self, adapter: str, mask: Tensor, values: Tensor | None) -> None:
@@ -271,9 +280,6 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.hfcl_where[adapter] = pack(own[mask])
         self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=own.device)
         self.save_values(adapter, trained)
-        for other in self.configs:
-            if self.phase(other) != "committed":
-                self.hfcl_where[other] = self._owners()
         self.store.reset(self.base_layer.weight)
         self.compose()
 
@@ -306,8 +312,9 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         config = self.configs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         if config is not None:
-            self._undo(adapter_name)
-            self._free(int(config.task_index or 0))
+            with self._owners_change():
+                self._undo(adapter_name)
+                self._free()
         self.compose()
 
     def _undo(self, adapter: str) -> None:
@@ -318,14 +325,34 @@ class MaskLinear(nn.Module, BaseTunerLayer):
             self._overwritten = None
             self.save_all()
 
-    def _free(self, index: int) -> None:
-        mine = self.store.owner == index
+    def _free(self) -> None:
+        """Free what belongs to no task that is left and is read by none."""
+        left = [int(config.task_index or 0) for config in self.configs.values()]
+        mine = (self.store.owner >= 0) & ~torch.isin(self.store.owner, torch.tensor(left, dtype=self.store.owner.dtype))
         for other in self.configs:
             if self.phase(other) == "committed":
                 mine &= ~self.mask(other)
         where = mine.view(-1).nonzero().squeeze(1)
         self.store.values.view(-1)[where] = self.store.start(self.base_layer.weight).view(-1)[where]
         self.store.owner.view(-1)[where] = FREE
+
+    @contextmanager
+    def _owners_change(self) -> Iterator[None]:
+        """Keep adapters that are still in their mask phase right while owners change.
+
+        Only those that were right before: one whose tasks are not loaded stays refused. One in its weight phase
+        holds values for the entries that were free at its claim; others' claims would misalign them, so it is
+        refused from then on.
+        """
+        before = self._owners()
+        right = [
+            name
+            for name in self.configs
+            if self.phase(name) == "mask" and torch.equal(self.hfcl_where[name].cpu(), before)
+        ]
+        yield
+        for name in right:
+            self.hfcl_where[name] = self._owners()
 
     def save_all(self) -> None:
         """Copy every finished task's values from the store anew."""
@@ -396,8 +423,8 @@ def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 def _install_arrived(module: nn.Module, _: Any) -> None:
     """After loading: derive store and owners from what arrived, and compose the active adapter anew."""
     layer: Any = module
-    for adapter in sorted(layer._arrived):
+    arrived, layer._arrived = sorted(layer._arrived), set()
+    for adapter in arrived:
         layer.rebuild(adapter)
-    if layer._arrived:
-        layer._arrived.clear()
+    if arrived:
         layer.compose()

@@ -23,7 +23,7 @@ from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer import MaskLinear, pack
 from hf_cl.tuner.own_layer import OwnLayer
 
-FIXED = ("seed", "scale", "compose", "target_modules", "head_modules", "train_norms")
+FIXED = ("seed", "scale", "compose", "target_modules", "exclude_modules", "head_modules", "train_norms")
 """What the first adapter fixes for all: the store and the layers around it."""
 
 
@@ -40,6 +40,7 @@ class MaskModel(BaseTuner):
     """The number of the next task; a dropped task's number is not used again."""
     _layers: list[MaskLinear] | None = None
     """The masked linears, found once: walking all modules at each step costs more than its arithmetic."""
+    _owns: list[OwnLayer] | None = None
 
     # --- injection --------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class MaskModel(BaseTuner):
             peft_config.scales = {**(peft_config.scales or {}), layer.path: layer.store.scale}
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-            self._layers = None
+            self._layers = self._owns = None
 
     def _path(self, key: str) -> str:
         """Return a module's name below `base_model_prefix`, the same for every class of one family."""
@@ -173,7 +174,9 @@ class MaskModel(BaseTuner):
 
     def own_layers(self) -> list[OwnLayer]:
         """Return the layers that tasks have to themselves, in the model's order."""
-        return [module for module in self.model.modules() if isinstance(module, OwnLayer)]
+        if self._owns is None:
+            self._owns = [module for module in self.model.modules() if isinstance(module, OwnLayer)]
+        return self._owns
 
     def refresh_masks(self, adapter: str) -> int:
         """Bring the active adapter's masks up to date with its scores; return how many thresholds were renewed.
