@@ -188,7 +188,7 @@ def _check_training(training: dict[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")
+            raise ConfigError(f"{where}: unknown key {key!r}.{did_you_mean(key, [*known, 'max_length'])}")
         if key == "output_dir":
             raise ConfigError(f"{where}.output_dir: a run's files lie in its own folder. Use --output-dir.")
         training[key] = read_option(value, hints[key], known[key], f"{where}.{key}")
@@ -205,6 +205,10 @@ def _check_tuning(tuning: Mapping[str, Any], options: type) -> dict[str, list[An
         where = f"recipe.tuning.{key}"
         if block not in ("method", "training") or not name or not isinstance(values, list) or not values:
             raise ConfigError(f"{where}: expected method.<option> or training.<option> and a list of values.")
+        if key == "training.max_length":
+            raise ConfigError(
+                f"{where}: the length decides what is measured, so it is no option to choose. Set it once."
+            )
         if block == "training":
             grid[key] = [_check_training({name: value})[name] for value in values]
         else:
