@@ -78,8 +78,8 @@ def refresh_masks(
         magnitude: Rank by |score|.
 
     Returns:
-        How many layers got a new threshold. An accelerator is waited for three times a call at most, whatever
-        the number of layers: all layers' counts come back together.
+        How many layers got a new threshold. An accelerator is waited for three times a call, whatever the number
+        of layers: all counts come back together. Only a layer whose ties spoil its threshold is waited for alone.
     """
     ranked = [score.abs() for score in scores] if magnitude else list(scores)
     unset = thresholds.isnan().tolist()
