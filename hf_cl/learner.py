@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_cl import plugins
 from hf_cl.data import Task, collator, tokenise
@@ -48,6 +48,8 @@ class ContinualLearner:
         max_length: int = 128,
         compute_metrics: ComputeMetrics | None = None,
         callbacks: tuple[TrainerCallback, ...] = (),
+        data_collator: Any = None,
+        trainer_class: type[Trainer] = Trainer,
     ) -> None:
         """Choose base, way to learn, and training arguments.
 
@@ -60,6 +62,8 @@ class ContinualLearner:
             max_length: Tokens a text (or a pair) is cut to.
             compute_metrics: Your own metrics; accuracy and macro-F1 are always there.
             callbacks: Your own callbacks, added to every task's Trainer.
+            data_collator: Makes a batch of tokenised rows; None pads them to the longest.
+            trainer_class: Your own Trainer, for training; evaluation is the plain one's.
 
         Raises:
             ConfigError: A loaded model without a tokenizer, or a config of no method.
@@ -71,6 +75,7 @@ class ContinualLearner:
         self.method_name, self.options, self.method = _as_method(self.base, config, int(self.args.seed))
         self.base = self.method.base
         self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
+        self.data_collator, self.trainer_class = data_collator, trainer_class
         self.records: list[dict[str, Any]] = []
         self._tests: list[Any] = []
 
@@ -115,10 +120,11 @@ class ContinualLearner:
             index,
             task.labels,
             rows,
-            collator(self.base.tokenizer),
+            self._collator(),
             self.args,
             self.compute_metrics,
             self.callbacks,
+            self.trainer_class,
         )
         try:
             return self._record(index, task, rows["test"], training)
@@ -156,11 +162,14 @@ class ContinualLearner:
             found[name] = evaluate(
                 self.method.model,
                 self._test_rows(index),
-                collator(self.base.tokenizer),
+                self._collator(),
                 self.args,
                 self.compute_metrics,
             )
         return found
+
+    def _collator(self) -> Any:
+        return self.data_collator or collator(self.base.tokenizer)
 
     def _test_rows(self, index: int) -> Any:
         rows = self._tests[index]

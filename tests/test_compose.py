@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from hf_cl.errors import BaseModelError
 from hf_cl.layers import store as store_module
+from hf_cl.layers.families import family_of
 from hf_cl.layers.store import MaskStore
-from hf_cl.layers.targets import family_of, find_targets
+from hf_cl.layers.targets import find_targets
 from hf_cl.masks.compose import COMPOSES, TrainedWeight, layer_scale, start_store
 from hf_cl.masks.signs import sign_tensor
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hf_cl.errors import BaseModelError, ConfigError
+from hf_cl.layers.families import family_of
 from hf_cl.layers.targets import (
-    family_of,
     find_head,
     find_norms,
     find_targets,
@@ -86,7 +86,7 @@ def test_suffixes_that_match_nothing_are_refused_with_what_there_is(bert):
 
 
 def test_what_is_no_linear_is_refused_by_name(bert):
-    with pytest.raises(ConfigError, match=r"bert\.embeddings\.LayerNorm is a LayerNorm, and only torch\.nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"bert\.embeddings\.LayerNorm is a LayerNorm; torch\.nn\.Linear and Conv1D"):
         find_targets(bert, ["LayerNorm"], BERT.head)
 
 
@@ -132,7 +132,7 @@ def test_an_unknown_family_is_refused_with_its_linears_and_the_way_out():
     with pytest.raises(BaseModelError) as error:
         family_of(Small())
     message = str(error.value)
-    assert "Small: the family 'small' is not in the table (bert)" in message
+    assert "Small: the family 'small' is not in the table (albert, bert, " in message
     assert "`target_modules`" in message and "`head_modules`" in message
     assert "blocks.0.dense, blocks.1.dense, head.dense, head.out_proj." in message
 

@@ -3,6 +3,8 @@
 import copy
 import importlib
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
@@ -472,9 +474,21 @@ def test_a_bank_loads_with_low_cpu_memory_usage_too(tiny_model, saved):
         assert torch.equal(logits(model, name), before[name])
 
 
-def test_a_bank_on_another_base_is_refused_or_scaled_as_stored(tiny_model, saved):
+def test_a_bank_on_another_base_is_refused_and_the_base_is_left_unwrapped(tiny_model, saved):
     folder, _ = saved
-    model = PeftModel.from_pretrained(tiny_model(seed=5), folder / "news", adapter_name="news")
+    base = tiny_model(seed=5)
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(BaseModelError, match="another revision or another dtype"):
+        PeftModel.from_pretrained(base, folder / "news", adapter_name="news")
+    assert [name for name, _ in base.named_modules()] == names
+
+
+def test_a_bank_without_a_fingerprint_loads_on_another_base_with_its_own_scales(tiny_model, saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder / "news", tmp_path / "news")
+    file = tmp_path / "news" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_fingerprint": None}))
+    model = PeftModel.from_pretrained(tiny_model(seed=5), tmp_path / "news", adapter_name="news")
     stored = model.peft_config["news"].scales
     assert {layer.path: layer.store.scale for layer in model.base_model.mask_layers()} == stored
 

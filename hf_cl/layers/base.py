@@ -75,7 +75,16 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    _settle_padding(model, tokenizer)
     return Base(model, tokenizer, lasting(name), tuple(find_head(model, head, missing_parameters(info))))
+
+
+def _settle_padding(model: Any, tokenizer: Any) -> None:
+    """Give a decoder a padding token where it has none: it then pads with, and reads before, its end token."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def lasting(name: str) -> str:

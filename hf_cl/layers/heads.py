@@ -83,9 +83,13 @@ def run_copy(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def follow_labels(model: Any, labels: tuple[str, ...]) -> None:
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+"""What transformers calls the kinds of loss a sequence classifier has."""
+
+
+def follow_labels(model: Any, labels: tuple[str, ...], problem_type: str | None = PROBLEMS[0]) -> None:
     """Set a sequence classifier's `num_labels`, `id2label`, `label2id` and `problem_type` to a task's."""
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}
-    model.config.problem_type = "single_label_classification"
+    model.config.problem_type = problem_type
     model.num_labels = len(labels)

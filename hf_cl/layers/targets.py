@@ -6,57 +6,13 @@ loading info calls it missing or mismatched); the family's output layers.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from hf_cl.errors import BaseModelError, ConfigError
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is known of one model family.
-
-    Attributes:
-        targets: Suffixes of the names of the linears to mask.
-        head: Names of the output layers, the classifier last.
-    """
-
-    targets: tuple[str, ...]
-    head: tuple[str, ...]
-
-
-FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        targets=(
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        ),
-        head=("classifier",),
-    ),
-}
-
-
-def family_of(model: Any) -> Family:
-    """Return the family of a Hugging Face model by its config's `model_type`.
-
-    Raises:
-        BaseModelError: The family is not in the table; names its linears and the way out.
-    """
-    kind = model.config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    linears = sorted({name for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-    raise BaseModelError(
-        f"{type(model).__name__}: the family {kind!r} is not in the table ({', '.join(sorted(FAMILIES))}). "
-        f"Name the linears to mask as `target_modules` and the classifier as `head_modules`. "
-        f"Linears found: {', '.join(linears[:40])}."
-    )
+from hf_cl.layers.families import family_of
+from hf_cl.layers.linear import is_maskable
 
 
 def matches(name: str, suffixes: Iterable[str]) -> bool:
@@ -73,16 +29,16 @@ def find_targets(model: nn.Module, suffixes: Iterable[str], head: Iterable[str])
     suffixes, head = tuple(suffixes), set(head)
     found = [name for name, _ in model.named_modules() if name not in head and matches(name, suffixes)]
     if not found:
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linears = [name for name, module in model.named_modules() if is_maskable(module)]
         raise ConfigError(
             f"target_modules: {', '.join(suffixes)} match no module of {type(model).__name__}. "
             f"Linears found: {', '.join(linears[:12]) or 'none'}{' ...' if len(linears) > 12 else ''}."
         )
     for name in found:
-        module = model.get_submodule(name)
-        if type(module) is not nn.Linear:
+        module: Any = model.get_submodule(name)
+        if not is_maskable(module):
             raise ConfigError(
-                f"target_modules: {name} is a {type(module).__name__}, and only torch.nn.Linear can be masked. "
+                f"target_modules: {name} is a {type(module).__name__}; torch.nn.Linear and Conv1D can be masked. "
                 f"Leave it out of `target_modules`."
             )
         if not module.weight.is_contiguous():
@@ -120,7 +76,7 @@ def find_head(model: nn.Module, named: Iterable[str] | None, missing: Iterable[s
     elif missing:
         owners = {name.rpartition(".")[0] for name in missing}
         head = [name for name, _ in model.named_modules() if name in owners]
-        _require_linears(model, head)
+        _require_head_layers(model, head)
     else:
         head = list(family_of(model).head)
     modules = dict(model.named_modules())
@@ -136,13 +92,17 @@ def find_head(model: nn.Module, named: Iterable[str] | None, missing: Iterable[s
     return head
 
 
-def _require_linears(model: nn.Module, missing: list[str]) -> None:
-    others = [name for name in missing if not isinstance(model.get_submodule(name), nn.Linear)]
+def _require_head_layers(model: nn.Module, missing: list[str]) -> None:
+    others = [name for name in missing if not _fits_head(model.get_submodule(name))]
     if others:
         raise BaseModelError(
             f"{type(model).__name__}: its checkpoint lacks the weights of {', '.join(others)}, which are no linears "
             f"and so no head. Use a checkpoint of this architecture, or name `head_modules` yourself."
         )
+
+
+def _fits_head(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_norm(module)
 
 
 def missing_parameters(info: Mapping[str, Iterable[object]]) -> list[str]:
@@ -154,11 +114,12 @@ def missing_parameters(info: Mapping[str, Iterable[object]]) -> list[str]:
 def find_norms(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Return the names of the normalisation layers in the blocks that hold masked linears, in the model's order."""
     blocks = {_block(name) for name in targets}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and _block(name) in blocks
-    ]
+    return [name for name, module in model.named_modules() if is_norm(module) and _block(name) in blocks]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a layer or root-mean-square norm, torch's or a model's own (`LlamaRMSNorm`)."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
 def _block(name: str) -> str:

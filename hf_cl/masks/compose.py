@@ -24,18 +24,19 @@ from hf_cl.masks.signs import sign_tensor
 COMPOSES = ("delta", "prune", "random")
 
 
-def layer_scale(compose: str, weight: Tensor, scale: float) -> float:
+def layer_scale(compose: str, weight: Tensor, scale: float, fan_in: int | None = None) -> float:
     """Return the magnitude of a layer's start values, a float32 number; `prune` has none and returns 1.
 
     Args:
         compose: `delta`, `prune` or `random`.
         weight: The pretrained weight (out, in), any float dtype.
         scale: In units of the weight's standard deviation (`delta`) or of sqrt(2 / fan_in) (`random`).
+        fan_in: Inputs an output sums over; None is the weight's second dimension.
     """
     if compose == "delta":
         return float((weight.double().std(correction=0) * scale).float())
     if compose == "random":
-        return float(torch.tensor(scale * math.sqrt(2 / weight.shape[1])))
+        return float(torch.tensor(scale * math.sqrt(2 / (fan_in or weight.shape[1]))))
     return 1.0
 
 

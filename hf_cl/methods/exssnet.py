@@ -15,6 +15,7 @@ from hf_cl.training.kkt_start import KKT
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled
 from hf_cl.tuner import MaskConfig
+from hf_cl.tuner.config import HEADS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Options:
     )
     values_dtype: str = option("bfloat16", help="What values are rounded to.", choices=("bfloat16", "float32"))
     train_norms: bool = option(False, help="Give every task its own copies of the norms.")
+    head: str = option("own", help="A head a task, or the first task's, frozen, for all.", choices=HEADS)
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
@@ -58,6 +60,7 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         free_topk=options.claim == "free_topk",
         values_dtype=options.values_dtype,
         train_norms=options.train_norms,
+        head=options.head,
         seed=seed,
     )
     kkt = KKT(options.kkt_k, options.kkt_sample, options.kkt_margin, {}) if options.start == "kkt" else None

@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_cl.config import option
 from hf_cl.errors import ConfigError, RunError
 from hf_cl.layers.base import Base
+from hf_cl.layers.families import family_of
 from hf_cl.layers.heads import task_generator
-from hf_cl.layers.targets import family_of, find_targets
+from hf_cl.layers.targets import find_targets
 from hf_cl.layers.task_heads import TaskHeads, load_exactly
 from hf_cl.ownership.digest import digest
 from hf_cl.training.groups import parameter_groups

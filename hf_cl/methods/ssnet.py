@@ -14,6 +14,7 @@ from hf_cl.masks.compose import COMPOSES
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled
 from hf_cl.tuner import MaskConfig
+from hf_cl.tuner.config import HEADS
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
     head_learning_rate: float | None = option(
         None, help="Peak learning rate of the head; none: the training's.", above=0
     )
+    head: str = option("own", help="A head a task, or the first task's, frozen, for all.", choices=HEADS)
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
@@ -44,6 +46,7 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         scale=options.scale,
         rank=options.rank,
         trains="mask",
+        head=options.head,
         seed=seed,
     )
     rates = {

@@ -14,6 +14,7 @@ from hf_cl.masks.compose import COMPOSES
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled
 from hf_cl.tuner import MaskConfig
+from hf_cl.tuner.config import HEADS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Options:
         None, help="Peak learning rate of the head; none: the training's.", above=0
     )
     train_norms: bool = option(False, help="Give every task its own copies of the norms.")
+    head: str = option("own", help="A head a task, or the first task's, frozen, for all.", choices=HEADS)
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
@@ -41,6 +43,7 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         scale=options.scale,
         rank=options.rank,
         train_norms=options.train_norms,
+        head=options.head,
         seed=seed,
     )
     rates = {"scores": options.scores_learning_rate, "head": options.head_learning_rate}

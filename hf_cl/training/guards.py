@@ -42,6 +42,36 @@ def refuse_sharding(args: TrainingArguments) -> None:
             raise ConfigError(f"{name}: it shards parameters, and ownership is kept on whole ones. Use plain DDP.")
 
 
+def refuse_partial_push(args: TrainingArguments, adapter: str) -> None:
+    """Refuse to push checkpoints of a named adapter: the Trainer then uploads no weights and says nothing.
+
+    It looks for an adapter's files at the top of a checkpoint; those of an adapter that is not called `default`
+    lie in a folder of its name.
+
+    Raises:
+        ConfigError: `push_to_hub` with a strategy that pushes checkpoints.
+    """
+    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+    if args.push_to_hub and strategy != "end" and adapter != "default":
+        raise ConfigError(
+            f"hub_strategy: {strategy!r} would push no weights of adapter {adapter!r}, the Trainer looks for those of "
+            f"`default`. Use hub_strategy='end' and call trainer.push_to_hub(), or model.push_to_hub(...) when it is "
+            f"finished."
+        )
+
+
+def refuse_push(args: TrainingArguments) -> None:
+    """Refuse to push from inside a task's training: a stream would push every task's checkpoint to one place.
+
+    Raises:
+        ConfigError: `push_to_hub` is asked for.
+    """
+    if args.push_to_hub:
+        raise ConfigError(
+            "push_to_hub: a stream's Trainers each know one task. Save the whole with save_pretrained and push that."
+        )
+
+
 class FiniteGradients(TrainerCallback):
     """Stops at the first step whose gradients are not finite; for methods without masks."""
 

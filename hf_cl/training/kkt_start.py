@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cl.layers.families import head_features
 from hf_cl.layers.heads import task_generator
 from hf_cl.starts.kkt import Choice, choose, nearest_tasks, scores_from_mask
 from hf_cl.tuner.model import MaskModel
@@ -68,7 +69,6 @@ def start_by_kkt(
         generator=generator,
     )
     options.means[index] = mean
-    tuner.set_adapter(adapter)
     if choice.source is not None:
         _start_from(tuner, adapter, adapters[choice.source], options.margin * rate)
     return choice
@@ -95,27 +95,18 @@ def _sample(dataloader: Any, count: int, seed: int, index: int) -> list[dict[str
 
 
 def _features(tuner: MaskModel, adapter: str | None, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-    """Return (n, d) float32 CPU features as the classifier sees them, in evaluation mode; None asks the bare base."""
-    found: list[Tensor] = []
-    classifier = tuner.own_layers()[-1]
+    """Return (n, d) float32 CPU features as the head sees them, in evaluation mode; None asks the bare base."""
+    first = str(tuner.mask_config.head_modules[0])  # type: ignore[index]
+    head = next(layer for layer in tuner.own_layers() if layer.name == first)
     was_training = tuner.training
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].detach().float().cpu())
-
-    handle = classifier.register_forward_pre_hook(keep)
     tuner.eval()
     try:
-        if adapter is None:
-            tuner.disable_adapter_layers()
-        else:
-            tuner.set_adapter(adapter)
-        with torch.no_grad():
-            for batch in batches:
-                tuner(**{name: tensor.to(device) for name, tensor in batch.items() if name != "labels"})
+        with tuner.answering(adapter), torch.no_grad():
+            return torch.cat([_batch_features(tuner, head, batch, device) for batch in batches])
     finally:
-        handle.remove()
-        if adapter is None:
-            tuner.enable_adapter_layers()
         tuner.train(was_training)
-    return torch.cat(found)
+
+
+def _batch_features(tuner: MaskModel, head: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    return head_features(tuner.model, head, lambda: tuner(**inputs), inputs.get("attention_mask"))

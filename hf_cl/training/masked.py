@@ -40,7 +40,7 @@ def drop_adapter(model: PeftModel | None, adapter: str) -> PeftModel | None:
         model.unload()
         return None
     model.set_adapter(others[0])
-    # PEFT forgets the config of an adapter that failed to be added, and leaves its tensors in the layers.
+    # PEFT forgets the config of an adapter that failed to be added, and leaves LoRA's tensors in the layers.
     model.peft_config.setdefault(adapter, model.peft_config[others[0]])
     model.delete_adapter(adapter)
     return model

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_cl.errors import ConfigError, OwnershipError, TrainingError
+from hf_cl.layers.heads import PROBLEMS
 from hf_cl.starts.kkt import Choice
 from hf_cl.training.groups import (
     ROLES,
@@ -29,7 +30,7 @@ from hf_cl.training.groups import (
     set_groups,
     set_schedule,
 )
-from hf_cl.training.guards import refuse_sharding, require_finite
+from hf_cl.training.guards import refuse_partial_push, refuse_sharding, require_finite
 from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
 
@@ -122,6 +123,16 @@ class OwnershipCallback(TrainerCallback):
         refuse_sharding(args)
         if self.adapter not in tuner.peft_config:
             raise ConfigError(f"adapter {self.adapter!r}: the model has {', '.join(tuner.peft_config)}. Add it first.")
+        refuse_partial_push(args, self.adapter)
+        if tuner.mask_layers()[0].merged:
+            raise ConfigError(
+                f"adapter {self.adapter!r}: a task is merged into the base. Call unmerge_adapter() first."
+            )
+        if self.start is not None and tuner.peft_config[self.adapter].problem != PROBLEMS[0]:
+            raise ConfigError(
+                f"start: KKT asks neighbours for their class, and adapter {self.adapter!r} is a "
+                f"{tuner.peft_config[self.adapter].problem} task. Start it fresh (start=None)."
+            )
         if tuner.phase(self.adapter) == "committed":
             raise ConfigError(f"adapter {self.adapter!r} is committed and never changes again. Add a new adapter.")
         if tuner.active_adapters != [self.adapter]:
@@ -180,9 +191,12 @@ class OwnershipCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say that the values moved: a fused optimizer writes to them past torch's version counter."""
-        values = [layer.hfcl_values[self.adapter] for layer in self._tuner(kwargs["model"]).mask_layers()]
-        torch.autograd.graph.increment_version(values)
+        """Write the values that moved into the composed weight: outside the forward, which may be compiled.
+
+        A fused optimizer moves them past torch's version counter, so nobody else would notice.
+        """
+        for layer in self._tuner(kwargs["model"]).mask_layers():
+            layer.write_values()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh the masks; at the claim's step fix them and open the values."""

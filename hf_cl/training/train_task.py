@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hf_cl.errors import ConfigError
 from hf_cl.training.evaluation import ComputeMetrics, with_ours
 from hf_cl.training.groups import set_groups
-from hf_cl.training.guards import refuse_sharding
+from hf_cl.training.guards import refuse_push, refuse_sharding
 from hf_cl.training.method import Method
 
 
@@ -41,6 +42,7 @@ def train_task(
     args: TrainingArguments,
     compute_metrics: ComputeMetrics | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    trainer_class: type[Trainer] = Trainer,
 ) -> Training:
     """Begin, train and commit task number `index`; on any error nothing of it is left behind.
 
@@ -53,11 +55,17 @@ def train_task(
         args: The user's arguments; each task trains below its own folder in `output_dir`.
         compute_metrics: The user's own metrics, for evaluation during training.
         callbacks: The user's own callbacks.
+        trainer_class: The user's own Trainer.
+
+    Raises:
+        ConfigError: The arguments ask for something that this cannot do with them; before any work.
     """
+    refuse_sharding(args)
+    refuse_push(args)
     start = time.perf_counter()
     try:
         method.begin(index, labels)
-        trainer = _trainer(method, index, rows, collator, args, compute_metrics, callbacks)
+        trainer = _trainer(trainer_class, method, index, rows, collator, args, compute_metrics, callbacks)
         trainer.train()
         method.commit(index)
     except BaseException:
@@ -67,6 +75,7 @@ def train_task(
 
 
 def _trainer(
+    trainer_class: type[Trainer],
     method: Method,
     index: int,
     rows: DatasetDict,
@@ -77,8 +86,7 @@ def _trainer(
 ) -> Trainer:
     task_args = copy.copy(args)
     task_args.output_dir = str(Path(args.output_dir or "trainer_output") / f"task{index:04d}")
-    refuse_sharding(task_args)
-    trainer = Trainer(
+    trainer = trainer_class(
         model=method.model,
         args=task_args,
         train_dataset=rows["train"],
@@ -110,6 +118,12 @@ def _optimizer(method: Method, args: TrainingArguments) -> Optimizer:
     Made before the Trainer restores a checkpoint, so that a resumed optimizer finds the same groups.
     """
     made, options = Trainer.get_optimizer_cls_and_kwargs(args, method.model)
+    layerwise = sorted({"params", "model", "optimizer_dict"} & set(options))
+    if layerwise:
+        raise ConfigError(
+            f"optim: {getattr(args.optim, 'value', args.optim)} makes parameter groups of its own, and each phase "
+            f"needs those of scores, values and head. Use adamw_torch, adafactor, sgd or another that takes groups."
+        )
     groups = method.groups(args)
     optimizer: Optimizer = made([{"params": groups[0]["params"]}], **options)
     set_groups(optimizer, groups)

@@ -2,20 +2,35 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from hf_cl.config import did_you_mean
 from hf_cl.errors import ConfigError
+from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import missing_parameters
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.masks.select import kept_count
+from hf_cl.tuner.card import write_cards
 from hf_cl.tuner.peft_type import extend_peft_type
 
 MASK = extend_peft_type("HFCL")
 RANKS = ("signed", "magnitude")
 TRAINS = ("nothing", "claimed", "mask")
 DTYPES = ("float32", "bfloat16")
+HEADS = ("own", "shared")
+SENSELESS = {
+    "modules_to_save": "the head is this method's own layer, one a task; name its layers as `head_modules`",
+    "target_parameters": "masks cut the weights of linears; name those as `target_modules`",
+    "rank_pattern": "a mask has no rank; its size is `density`",
+    "alpha_pattern": "a mask has no rank; its magnitude is `scale`",
+    "r": "a mask has no rank; its size is `density`",
+    "lora_alpha": "a mask has no rank; its magnitude is `scale`",
+    "bias": "biases stay the base's own; `train_norms` gives each task its own norms",
+}
+"""Options of other PEFT methods, and what takes their place here."""
 
 
 @dataclass
@@ -63,6 +78,32 @@ class MaskConfig(PeftConfig):
     train_norms: bool = field(default=False, metadata={"help": "Give the task its own copies of the norms."})
     seed: int = field(default=0, metadata={"help": "Seed of the store's signs, scores and heads."})
     task_index: int | None = field(default=None, metadata={"help": "The task's number; none: the next one."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={"help": "single_label_classification, multi_label_classification or regression; none: by labels."},
+    )
+    head: str = field(
+        default="own",
+        metadata={"help": "own, or shared: the head of the first task with these labels, frozen once it is finished."},
+    )
+    head_of: int | None = field(default=None, metadata={"help": "Number of the task whose head is shared; filled in."})
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "sha256 of the base the task was learned on; filled in when it is saved."}
+    )
+
+    def __new__(cls, *args: object, **options: object) -> "MaskConfig":
+        """Refuse options that other PEFT methods have and this one has not.
+
+        Raises:
+            ConfigError: Names the option and what to use.
+        """
+        for name in options:
+            if name in SENSELESS:
+                raise ConfigError(f"{name}: makes no sense for a mask: {SENSELESS[name]}.")
+            if name not in cls.__dataclass_fields__:
+                known = [field for field in cls.__dataclass_fields__ if field != "peft_version"]
+                raise ConfigError(f"{name}: is no option of MaskConfig.{did_you_mean(name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every option before any work is done.
@@ -78,9 +119,11 @@ class MaskConfig(PeftConfig):
             ("rank", RANKS),
             ("trains", TRAINS),
             ("values_dtype", DTYPES),
+            ("problem_type", (None, *PROBLEMS)),
+            ("head", HEADS),
         ):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}.")
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(filter(None, known))}.")
         if self.free_topk and self.trains != "claimed":
             raise ConfigError(f"free_topk: asks for free entries to train, but trains is {self.trains!r}.")
         if not self.scale > 0:
@@ -105,6 +148,22 @@ class MaskConfig(PeftConfig):
             options: Any other option.
         """
         return cls(missing_modules=missing_parameters(info), **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values; what is a set is written in order, so equal adapters have equal files."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and a card that says how to load the folder."""
+        super().save_pretrained(save_directory, **kwargs)
+        adapter: str | None = getattr(self, "saved_as", None)
+        if adapter is not None:
+            write_cards(self, Path(save_directory), adapter)
+
+    @property
+    def problem(self) -> str:
+        """The kind of loss: as given, else regression for one label and one of several classes for more."""
+        return self.problem_type or (PROBLEMS[2] if self.num_labels == 1 else PROBLEMS[0])
 
     @property
     def labels(self) -> tuple[str, ...]:

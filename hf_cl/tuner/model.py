@@ -5,22 +5,28 @@ the claim, the commit, capacity, digests.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from hf_cl.errors import ConfigError, OwnershipError
+from hf_cl.errors import ConfigError, HfClError, OwnershipError
+from hf_cl.layers.families import family_of
 from hf_cl.layers.heads import follow_labels
-from hf_cl.layers.targets import family_of, find_head, find_norms, find_targets, matches, refuse_unmaskable
+from hf_cl.layers.targets import find_head, find_norms, find_targets, matches, refuse_unmaskable
+from hf_cl.masks.bits import pack
 from hf_cl.masks.overlap import overlap_share
 from hf_cl.masks.select import refresh_masks
 from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FREE
+from hf_cl.tuner.adapter_file import adapter_of_key, check_file, is_untouched, tensors_of
+from hf_cl.tuner.arrival import make_room
 from hf_cl.tuner.config import MaskConfig
-from hf_cl.tuner.layer import MaskLinear, pack
+from hf_cl.tuner.layer import MaskLinear
+from hf_cl.tuner.mixed import run_mixed
+from hf_cl.tuner.names import BASE, require_name
 from hf_cl.tuner.own_layer import OwnLayer
 
 FIXED = ("seed", "scale", "compose", "target_modules", "exclude_modules", "head_modules", "train_norms")
@@ -41,8 +47,42 @@ class MaskModel(BaseTuner):
     _layers: list[MaskLinear] | None = None
     """The masked linears, found once: walking all modules at each step costs more than its arithmetic."""
     _owns: list[OwnLayer] | None = None
+    _base_labels: tuple[tuple[str, ...], str | None] = ((), None)
+    """Labels and kind of loss of the base's own head, for when no task answers."""
+    _mixed: list[str] | None = None
+    """The adapter of each row while a mixed batch is answered."""
+    _fingerprint: str | None = None
 
     # --- injection --------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the layers, whole or not at all.
+
+        Raises:
+            ConfigError: The name cannot be one, or another PEFT method has wrapped the model.
+        """
+        require_name(adapter_name)
+        tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        others = {type(module).__name__ for module in tuned if not isinstance(module, self.tuner_layer_cls)}
+        if others:
+            raise ConfigError(
+                f"{type(model).__name__} is wrapped by another PEFT method already ({', '.join(sorted(others))}). Call "
+                f"merge_and_unload() or unload() on that first, and wrap what it returns."
+            )
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._take_back(adapter_name)
+            raise
+
+    def _take_back(self, adapter: str) -> None:
+        """Remove what a failed addition left in the layers; unwrap the base where it was the first."""
+        self._layers = self._owns = None
+        self.peft_config.pop(adapter, None)
+        for layer in self._tuner_layers():
+            layer.delete_adapter(adapter)
+        if not self.peft_config and self._tuner_layers():
+            self.unload()
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         return peft_config
@@ -54,9 +94,33 @@ class MaskModel(BaseTuner):
             given, fixed = getattr(config, name), getattr(others[0], name)
             if given is not None and given != fixed:
                 raise ConfigError(f"{name}: this model's first adapter fixed {fixed!r}, found {given!r}. Use that.")
+        self._check_head(config, others)
         for other in others:
             if config.task_index is not None and config.task_index == other.task_index:
                 raise ConfigError(f"task_index: {config.task_index} is taken by another adapter of this model.")
+
+    def _check_head(self, config: MaskConfig, others: list[MaskConfig]) -> None:
+        """Refuse a shared head that is not there to be shared.
+
+        Raises:
+            ConfigError: No finished task has these labels and this kind of loss.
+        """
+        if config.head != "shared" or config.head_of is not None or not others:
+            return
+        source = min(others, key=lambda other: int(other.task_index or 0))
+        if (source.labels, source.problem) != (config.labels, config.problem):
+            raise ConfigError(
+                f"head: shared, but task {source.task_index} has the labels {', '.join(source.labels):.120} and this "
+                f"one {', '.join(config.labels):.120}. Give it the same labels in the same order, or a head of its own."
+            )
+        if self.phase(self._named(source)) != "committed":
+            raise ConfigError(
+                f"head: shared, but the head of task {source.task_index} still trains, so this task would change with "
+                f"it. Finish that task first."
+            )
+
+    def _named(self, config: MaskConfig) -> str:
+        return next(name for name, other in self.peft_config.items() if other is config)
 
     def _prepare_model(self, peft_config: MaskConfig, model: Any) -> None:
         """Settle targets, head and number before anything is replaced; the first adapter settles them for all."""
@@ -67,11 +131,14 @@ class MaskModel(BaseTuner):
         else:
             refuse_unmaskable(model)
             self._settle(peft_config, model)
+            self._base_labels = (tuple(model.config.id2label.values()), model.config.problem_type)
         if peft_config.task_index is None:
             peft_config.task_index = self._next_index
         self._next_index = max(self._next_index, peft_config.task_index + 1)
         if peft_config.num_labels is None:
-            peft_config.num_labels = model.config.num_labels
+            peft_config.num_labels = len(self._base_labels[0])
+        if peft_config.head == "shared" and others and peft_config.head_of is None:
+            peft_config.head_of = min(int(other.task_index or 0) for other in others)
         # BERT-shaped models take **kwargs and ignore num_items_in_batch, so the Trainer would scale gradients
         # by processes x accumulation (measured: 2x and 4x). Our loss is a mean over the batch.
         model.accepts_loss_kwargs = False
@@ -114,7 +181,9 @@ class MaskModel(BaseTuner):
             is_norm = current_key in self._norms
             layer = target if isinstance(target, OwnLayer) else OwnLayer(target, current_key, is_norm=is_norm)
             std = float(getattr(self.model.config, "initializer_range", 0.02))
-            layer.add(adapter_name, peft_config, std, is_output=current_key == head[-1])
+            layer.add(
+                adapter_name, peft_config, std, is_output=current_key == head[-1], head_of=self._head_of(peft_config)
+            )
         else:
             layer = (
                 target if isinstance(target, MaskLinear) else MaskLinear(target, self._path(current_key), peft_config)
@@ -125,9 +194,59 @@ class MaskModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             self._layers = self._owns = None
 
+    def _head_of(self, config: MaskConfig) -> str | None:
+        """Return the loaded adapter whose head a task shares."""
+        indexes = {other.task_index: name for name, other in self.peft_config.items() if other is not config}
+        return None if config.head_of is None else indexes.get(config.head_of)
+
     def _path(self, key: str) -> str:
         """Return a module's name below `base_model_prefix`, the same for every class of one family."""
         return key.removeprefix(f"{self.model.base_model_prefix}.")
+
+    # --- one adapter's file -----------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Return the adapter's tensors; PEFT's own choice by name is not used, it drops keys of other names."""
+        tuner: MaskModel = getattr(model, "base_model", model)
+        config.base_fingerprint = tuner.fingerprint()
+        config.saved_as = adapter_name  # PEFT tells the config where it is saved, and not under which name
+        return tensors_of(model.state_dict(), adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        found = adapter_of_key(key)
+        return key if found is None else found[0]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a file's tensors under the model's keys, checked; a refused adapter is taken out again."""
+        tuner: MaskModel = getattr(model, "base_model", model)
+        try:
+            arriving = check_file(model, tuner, adapter_name, state_dict)
+        except HfClError:
+            if is_untouched(tuner, adapter_name):
+                tuner._take_back(adapter_name)
+            raise
+        for path, layer in model.named_modules():
+            if isinstance(layer, MaskLinear):
+                make_room(layer, arriving, f"{path}.")
+        return arriving
+
+    def fingerprint(self) -> str:
+        """Return the base's digest, computed once: nothing here ever writes to the base."""
+        if self._fingerprint is None:
+            self._fingerprint = self.base_digest()
+        return self._fingerprint
 
     # --- the active task --------------------------------------------------------------------------
 
@@ -138,9 +257,60 @@ class MaskModel(BaseTuner):
             if self.mask_layers() and name in self.mask_layers()[0].configs and self.phase(name) == "committed":
                 self.finish(name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if names and names[0] in self.peft_config:
-            follow_labels(self.model, self.peft_config[names[0]].labels)
+        self._follow_labels()
+
+    def _follow_labels(self, *, enabled: bool = True) -> None:
+        """Show the labels of the task that answers: the merged one, the active one, or the base's own."""
+        merged = self.mask_layers()[0].merged_adapters if self.mask_layers() else []
+        names = [name for name in (merged or self.active_adapters) if name in self.peft_config] if enabled else []
+        if names:
+            config = self.peft_config[names[0]]
+            follow_labels(self.model, config.labels, config.problem)
+        else:
+            follow_labels(self.model, *self._base_labels)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Turn all tasks on or off; the labels are then the active task's or the base's."""
+        super()._enable_adapter_layers(enabled)
+        self._follow_labels(enabled=enabled)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put one task's weights in the base's place; `unmerge_adapter` gives the base's very bits back."""
+        self.fingerprint()  # of the base as it is now
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._follow_labels()
+
+    def unmerge_adapter(self) -> None:
+        """Take a merged task out of the base again."""
+        super().unmerge_adapter()
+        self._follow_labels()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """Return the plain model: the base as it was, or with one task's weights, head and labels.
+
+        Raises:
+            ConfigError: None or several tasks are to be merged.
+        """
+        for layer in self._tuner_layers():
+            layer.unmerge()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if merge and (len(names) != 1 or names[0] not in self.peft_config):
+            raise ConfigError(
+                f"merge_and_unload: one task can be merged, found {', '.join(names) or 'none'}; there are "
+                f"{', '.join(self.peft_config)}. Name one as adapter_names=[...]."
+            )
+        labels = (self.peft_config[names[0]].labels, self.peft_config[names[0]].problem) if merge else self._base_labels
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=list(names) if merge else None
+        )
+        follow_labels(model, *labels)
+        return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskModel":
         """Refuse a cast before anything of the model is cast."""
@@ -151,20 +321,47 @@ class MaskModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop a task; the one that is active then shows its own labels."""
         super().delete_adapter(adapter_name)
-        names = self.active_adapters
-        if names and names[0] in self.peft_config:
-            follow_labels(self.model, self.peft_config[names[0]].labels)
+        self._follow_labels()
+
+    @contextmanager
+    def answering(self, adapter: str | None) -> Iterator[None]:
+        """Let another task, or the bare base, answer inside the context; what trains and who is active stays."""
+        with ExitStack() as stack:
+            for layer in self._tuner_layers():
+                stack.enter_context(layer.answering(adapter))
+            yield
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse a batch of mixed tasks: silently, every row would get the active task.
+        """Answer a batch whose rows belong to several tasks: `adapter_names`, one a row, or `__base__`.
 
         Raises:
-            ConfigError: `adapter_names` is given to a forward.
+            ConfigError: The model trains or is merged, or a name is unknown.
         """
-        if kwargs.get("adapter_names") is not None:
-            raise ConfigError("adapter_names: mixed batches are not supported. Call set_adapter and one task's rows.")
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ConfigError(f"adapter_names: {', '.join(unknown)} is none of {BASE}, {', '.join(self.peft_config)}.")
+        if self.training or self.mask_layers()[0].merged:
+            raise ConfigError("adapter_names: a mixed batch is for inference, unmerged. Call model.eval() first.")
+        self._mixed = list(names)
+        try:
+            yield
+        finally:
+            self._mixed = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with the active task, or each row with its own."""
+        if self._mixed is None:
+            return self.model(*args, **kwargs)
+        names, self._mixed = self._mixed, None
+        return run_mixed(self, names, args, kwargs)
+
+    def _tuner_layers(self) -> list[MaskLinear | OwnLayer]:
+        return [*self.mask_layers(), *self.own_layers()]
 
     def mask_layers(self) -> list[MaskLinear]:
         """Return the masked linears in the model's order."""
