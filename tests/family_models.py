@@ -14,6 +14,7 @@ _SIZES = {
     "max_position_embeddings": 40,
     "pad_token_id": PAD,
 }
+_ENDS = {"bos_token_id": EOS, "eos_token_id": EOS}
 _GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 CONFIGS = {
     "albert": ("AlbertConfig", _SIZES | {"embedding_size": 8, "num_hidden_layers": 3}),
@@ -39,10 +40,10 @@ CONFIGS = {
     "electra": ("ElectraConfig", _SIZES | {"embedding_size": 8}),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "pad_token_id": PAD},
+        {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "pad_token_id": PAD} | _ENDS,
     ),
     "llama": ("LlamaConfig", _SIZES | _GROUPED),
-    "modernbert": ("ModernBertConfig", _SIZES | {"local_attention": 4, "cls_token_id": 2, "sep_token_id": 3}),
+    "modernbert": ("ModernBertConfig", _SIZES | _ENDS | {"local_attention": 4, "cls_token_id": 2, "sep_token_id": 3}),
     "qwen2": ("Qwen2Config", _SIZES | _GROUPED),
     "roberta": ("RobertaConfig", _SIZES),
     "t5": (

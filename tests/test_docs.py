@@ -1,4 +1,4 @@
-"""Every example in the README runs as it stands."""
+"""Every example in the README and in docs/ runs as it stands."""
 
 import importlib.util
 import os
@@ -19,8 +19,15 @@ needs_encoder = pytest.mark.skipif(
 )
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+PAGES = {
+    f"{file.stem}-{place}": code
+    for file in sorted((ROOT / "docs").glob("*.md"))
+    for place, code in enumerate(blocks("python", file.read_text("utf-8")))
+}
 
 
 def run(command, place):
@@ -48,6 +55,13 @@ def test_a_python_example_runs(code, place):
     run([sys.executable, "example.py"], place)
     if "save_pretrained" in code:
         run(["hf-cl", "verify", "runs/first"], place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_an_example_of_the_docs_runs(page, place):
+    (place / "example.py").write_text(PAGES[page], "utf-8")
+    run([sys.executable, "example.py"], place)
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ Invariants: V changes at a commit alone; the composed weight holds one task at a
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_cl.errors import BaseModelError
-from hf_cl.masks.compose import clear_entries, start_store, write_entries
+from hf_cl.masks.compose import clear_entries, pick, positions, put, start_store, write_entries
 from hf_cl.ownership.owner import all_free
 
 DENSE_FROM = 0.125
@@ -76,14 +77,14 @@ class MaskStore(nn.Module):
         """
         flat = mask.view(-1)
         # An accelerator would have to be waited for to count, and writes the whole weight in no time.
-        if flat.device.type != "cpu" or int(flat.count_nonzero()) > DENSE_FROM * flat.numel():
+        if flat.device.type != "cpu" or np.count_nonzero(flat.numpy()) > DENSE_FROM * flat.numel():
             full = weight.float() + self.values if self.delta else self.values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
             self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))
             self._written = flat
             return
         self.clear(weight)
-        where = flat.nonzero().squeeze(1)
+        where = positions(flat)
         write_entries(self.weight, weight, self.values, where, delta=self.delta)
         self._written = where
 
@@ -103,10 +104,10 @@ class MaskStore(nn.Module):
             where: Flat positions, all of them in the shown mask.
             values: float32, one number a position.
         """
-        self.weight.view(-1)[where] = (base + values).to(self.weight.dtype)
+        put(self.weight, where, base + values)
 
     def base_at(self, weight: Tensor, where: Tensor) -> Tensor:
         """Return A at flat positions, float32."""
         if self.delta:
-            return weight.view(-1)[where].float()
+            return pick(weight, where).float()
         return torch.zeros(where.shape[0], device=weight.device)

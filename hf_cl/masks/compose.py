@@ -15,6 +15,7 @@ Source: SupSup, arXiv 2006.14769 (scores, straight-through); ExSSNeT, arXiv 2210
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -55,17 +56,45 @@ def start_store(compose: str, weight: Tensor, seed: int, path: str, scale: float
     return sign_tensor(seed, path, tuple(weight.shape)).mul_(scale).to(weight.device)
 
 
+def positions(flat: Tensor) -> Tensor:
+    """Return the positions of a flat bool tensor's True entries, int64."""
+    if flat.device.type == "cpu":  # three times as fast as torch's
+        return torch.from_numpy(np.flatnonzero(flat.numpy()))
+    return flat.nonzero().squeeze(1)
+
+
 def write_entries(out: Tensor, weight: Tensor, store: Tensor, where: Tensor, *, delta: bool) -> None:
     """Write `A + V` into `out` at flat positions `where`; arithmetic in float32, rounded once to `out`'s dtype."""
-    values = store.view(-1)[where]
+    values = pick(store, where)
     if delta:
-        values = weight.view(-1)[where].float() + values
-    out.view(-1)[where] = values.to(out.dtype)
+        values = pick(weight, where).float() + values
+    put(out, where, values)
 
 
 def clear_entries(out: Tensor, weight: Tensor, where: Tensor, *, delta: bool) -> None:
     """Write `A` back into `out` at flat positions `where`."""
-    out.view(-1)[where] = weight.view(-1)[where] if delta else torch.zeros((), dtype=out.dtype, device=out.device)
+    put(out, where, pick(weight, where) if delta else torch.zeros(where.shape[0], dtype=out.dtype, device=out.device))
+
+
+def pick(tensor: Tensor, where: Tensor) -> Tensor:
+    """Return a tensor's entries at flat positions."""
+    flat = tensor.detach().view(-1)
+    return torch.from_numpy(flat.numpy()[where.numpy()]) if _plain(flat) else flat[where]
+
+
+def put(tensor: Tensor, where: Tensor, values: Tensor) -> None:
+    """Write a tensor's entries at flat positions, rounded to its dtype; torch counts it as one change."""
+    flat = tensor.detach().view(-1)
+    if _plain(flat) and values.dtype == flat.dtype:
+        flat.numpy()[where.numpy()] = values.detach().numpy()
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        flat[where] = values.to(flat.dtype)
+
+
+def _plain(flat: Tensor) -> bool:
+    """Whether numpy reads the tensor; its indexing is two to four times as fast as torch's on a CPU."""
+    return flat.device.type == "cpu" and flat.dtype == torch.float32
 
 
 class TrainedWeight(torch.autograd.Function):

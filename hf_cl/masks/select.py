@@ -84,7 +84,7 @@ def refresh_masks(
     ranked = [score.abs() for score in scores] if magnitude else list(scores)
     unset = thresholds.isnan().tolist()
     for rank, mask, threshold in zip(ranked, masks, thresholds, strict=True):
-        torch.gt(rank, threshold, out=mask)
+        _exceeds(rank, threshold, mask)
     off = [layer for layer, found in enumerate(_count(masks)) if _is_off(found, counts[layer])]
     for layer in off:
         _renew(ranked[layer], masks[layer], thresholds, layer, counts[layer])
@@ -94,6 +94,14 @@ def refresh_masks(
             masks[layer].copy_(topk_mask(ranked[layer], counts[layer]))
             thresholds[layer] = math.nan
     return len(off)
+
+
+def _exceeds(rank: Tensor, threshold: Tensor, mask: Tensor) -> None:
+    """Set `mask` where `rank` is above the threshold; on a CPU one numpy pass, which beats waking torch's threads."""
+    if rank.device.type == "cpu" and rank.dtype == torch.float32:
+        np.greater(rank.numpy(), np.float32(float(threshold)), out=mask.numpy())
+    else:
+        torch.gt(rank, threshold, out=mask)
 
 
 def _is_off(found: int, count: int) -> bool:
@@ -116,7 +124,7 @@ def _renew(rank: Tensor, mask: Tensor, thresholds: Tensor, layer: int, count: in
         mask.fill_(True)
         return
     thresholds[layer] = _nth_largest(flat, count + 1)
-    torch.gt(rank, thresholds[layer], out=mask)
+    _exceeds(rank, thresholds[layer], mask)
 
 
 def _nth_largest(flat: Tensor, nth: int) -> Tensor:

@@ -1,0 +1,697 @@
+"""Options of transformers' Trainer that people use: each trains, commits, and leaves what was learned before alone.
+
+Everything goes through `learn`, which holds the promise: in the mask phase every step moves scores and head and no
+value, in the weight phase values and head and no score; the task is committed; no bit of an earlier task moves.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch._dynamo
+import transformers.trainer
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch.nn import functional
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hf_cl import MaskConfig, OwnershipCallback, open_run, task_from_datasets, verify
+from hf_cl.errors import ConfigError, HfClError, OwnershipError
+from hf_cl.training.groups import parameter_groups, role_of
+from hf_cl.training.kkt_start import KKT
+
+pytest_plugins = ["tiny"]
+
+CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""No dropout: what is left of a difference is the option's."""
+RATES = {"scores": 0.05, "values": 0.05, "head": 0.02}
+SHARE = {"claimed": 0.5, "mask": 0.5, "nothing": 1.0}
+
+
+def config(**options):
+    return MaskConfig(**({"task_type": "SEQ_CLS", "density": 0.2, "num_labels": 3, "trains": "claimed"} | options))
+
+
+def by_role(model, adapter):
+    found = {"scores": [], "values": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in f"{name}." and ".hfcl_" in name:
+            found[role_of(name)].append(parameter)
+    return found
+
+
+class Moves(TrainerCallback):
+    """Notes at each optimizer step which roles it moved, and which of them all over."""
+
+    def __init__(self, adapter):
+        self.adapter, self.steps = adapter, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        found = by_role(kwargs["model"], self.adapter)
+        self.before = {role: [tensor.detach().clone() for tensor in held] for role, held in found.items()}
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        after = by_role(kwargs["model"], self.adapter)
+        self.steps.append({role for role, held in after.items() if not equal(held, self.before[role])})
+
+
+class Told(Trainer):
+    """A user's own Trainer, which keeps each step's loss as it comes from the model."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_in_train and model.training:
+            self.told = [*getattr(self, "told", []), loss.detach().clone()]
+        return loss
+
+
+class Spy(TrainerCallback):
+    """Calls `on_<event>(model, state, kwargs)` functions given by name."""
+
+    def __init__(self, **acts):
+        for event, act in acts.items():
+            setattr(self, event, self._call(act))
+
+    def _call(self, act):
+        return lambda args, state, control, **kwargs: act(kwargs["model"], state, kwargs)
+
+
+def equal(first, second):
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def state_of(model, adapter="news"):
+    """All that a committed task is, as tensors."""
+    return [tensor.clone() for _, tensor in model.base_model.task_tensors(adapter)]
+
+
+def logits(model, adapter=None):
+    """What a task answers; below `PeftModel.forward`, which accelerate replaces under autocast."""
+    if adapter is not None:
+        model.set_adapter(adapter)
+    was_training = model.training
+    model.eval()
+    ids = torch.randint(50, (5, 7), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        found = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.clone()
+    model.train(was_training)
+    return found
+
+
+def seen(model, adapter):
+    return [*state_of(model, adapter), logits(model, adapter)]
+
+
+def finish(model, adapter, seed=3):
+    """Take an adapter to its commit without a Trainer."""
+    generator = torch.Generator().manual_seed(seed)
+    tuner = model.base_model
+    model.set_adapter(adapter)
+    with torch.no_grad():
+        for role in ("scores", "values", "head"):
+            if role == "values" and model.peft_config[adapter].trains != "nothing":
+                tuner.begin_weight_phase(adapter)
+            for tensor in by_role(model, adapter)[role]:
+                if tensor.requires_grad:
+                    tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
+    tuner.commit(adapter)
+
+
+@pytest.fixture
+def bank(tiny_model):
+    """Make a model that knows a task of two classes, `old`, and is about to learn another, `news`."""
+
+    def make(adapter="news", *, old="old", **options):
+        model = get_peft_model(tiny_model(**CALM), config(num_labels=2), adapter_name=old)
+        finish(model, old)
+        model.add_adapter(adapter, config(**options))
+        model.set_adapter(adapter)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def learn(token_rows, arguments):
+    """Train the adapter with a plain Trainer, hold the promise, and return the Trainer."""
+
+    def run(model, adapter="news", *callbacks, trainer_class=Trainer, rows=None, rates=RATES, start=None, **changes):
+        own = {name: changes.pop(name) for name in OWN if name in changes}
+        trains = model.peft_config[adapter].trains
+        known = [name for name in model.peft_config if model.base_model.phase(name) == "committed"]
+        before = {name: seen(model, name) for name in known}
+        model.set_adapter(adapter)
+        moves = Moves(adapter)
+        ours = OwnershipCallback(adapter, mask_share=SHARE[trains], learning_rates=rates, start=start)
+        trainer = trainer_class(
+            model=model,
+            args=arguments(**({"max_steps": 6, "optim": "adamw_torch", "log_level": "error"} | changes)),
+            train_dataset=rows or token_rows(0, 3),
+            callbacks=[ours, moves, *callbacks],
+            **own,
+        )
+        heads = set() if model.peft_config[adapter].head == "shared" else {"head"}
+        trainer.train()
+        steps = trainer.state.global_step
+        claim = steps if trains == "nothing" else steps // 2
+        assert moves.steps == [{"scores"} | heads] * claim + [{"values"} | heads] * (steps - claim)
+        assert model.base_model.phase(adapter) == "committed"
+        assert all(equal(seen(model, name), before[name]) for name in known)
+        model.set_adapter(adapter)
+        return trainer
+
+    return run
+
+
+OWN = ("optimizers", "data_collator", "compute_metrics", "eval_dataset", "compute_loss_func")
+
+
+@pytest.fixture
+def plain(bank, learn):
+    """The same task without any option: the model, and each step's loss."""
+    model = bank()
+    return model, learn(model, trainer_class=Told).told
+
+
+# --- what `learn` holds can be broken -----------------------------------------------------------------------------
+
+
+def test_a_score_that_does_not_move_is_noticed(bank, learn):
+    with pytest.raises(AssertionError):
+        learn(bank(), rates=RATES | {"scores": 0.0})
+
+
+def test_a_bit_of_an_earlier_task_that_moves_is_noticed(bank, learn):
+    model = bank()
+    before = seen(model, "old")
+
+    def nudge(model, state, kwargs):
+        store = model.base_model.mask_layers()[3].store
+        store.values[store.owner == 0] += 1e-6
+
+    with pytest.raises(OwnershipError, match="what earlier tasks own has moved"):
+        learn(model, "news", Spy(on_step_begin=nudge))
+    assert not equal(seen(model, "old"), before)
+
+
+# --- gradient checkpointing ---------------------------------------------------------------------------------------
+
+
+def forwards(model, counted):
+    """Count calls of one masked layer."""
+    layer = model.base_model.mask_layers()[0]
+    layer.register_forward_pre_hook(lambda *_: counted.append(1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_learns_the_same_bits(bank, learn, plain, reentrant):
+    model, counted = bank(), []
+    forwards(model, counted)
+    trainer = learn(
+        model,
+        trainer_class=Told,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    assert len(counted) >= 12, "each of six steps computes the layer twice"
+    assert equal(state_of(model), state_of(plain[0]))
+    assert equal(trainer.told, plain[1])
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamo():
+    """Dynamo's counters, of this test alone."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled(bank, learn, dynamo):
+    """Train as `plain` does, compiled; return the model and each step's loss."""
+
+    def run(backend):
+        model = bank()
+        trainer = learn(model, trainer_class=Told, torch_compile=True, torch_compile_backend=backend)
+        assert isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+        # One graph a phase: masks and values change inside tensors that a graph reads, never a graph.
+        assert dynamo["stats"]["unique_graphs"] == 2
+        assert not dynamo["graph_break"]
+        assert not dynamo["unimplemented"]
+        return model, trainer.told
+
+    return run
+
+
+def nearly(found, plain):
+    """Compare with what was learned uncompiled.
+
+    A backend may fuse and reorder sums, so gradients differ in the last bits; scores whose gradient cancels to
+    nearly nothing then take another AdamW step, and a mask entry at the threshold may go either way.
+    """
+    torch.testing.assert_close(torch.stack(found[1]), torch.stack(plain[1]), rtol=1e-3, atol=1e-4)
+    same = total = 0
+    for one, two in zip(found[0].base_model.mask_layers(), plain[0].base_model.mask_layers(), strict=True):
+        both = one.mask("news") & two.mask("news")
+        same, total = same + int(both.count_nonzero()), total + int(two.mask("news").count_nonzero())
+        # One unit of bfloat16, to which committed values are rounded.
+        torch.testing.assert_close(one.store.values[both], two.store.values[both], rtol=2**-7, atol=1e-3)
+    assert same >= 0.98 * total
+
+
+def test_compiled_by_dynamo_alone_learns_the_same_bits(compiled, plain):
+    model, told = compiled("eager")
+    assert equal(told, plain[1])
+    assert equal(state_of(model), state_of(plain[0]))
+
+
+def test_compiled_with_autograd_learns_the_same_mask_and_values(compiled, plain):
+    nearly(compiled("aot_eager"), plain)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_learns_the_same_mask_and_values(compiled, plain):
+    nearly(compiled("inductor"), plain)
+
+
+def test_a_compiled_forward_sees_the_values_after_each_step(dynamo, bank, learn, token_rows, monkeypatch):
+    four = token_rows(0, 2, 4)
+
+    def losses(**changes):
+        # Its head is frozen, so in the weight phase the values alone can move the loss of the same four rows.
+        model = bank(num_labels=2, head="shared")
+        return learn(model, trainer_class=Told, rows=four, **changes).told[3:]
+
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain, found = losses(), losses(**options)
+    assert equal(found, plain)
+    assert found[0] > found[1] + 1e-3 > found[2] + 2e-3
+    monkeypatch.setattr(OwnershipCallback, "on_optimizer_step", lambda *_, **__: None)
+    stale = losses(**options)
+    # The mean over the four rows, in another order each step, is all that may differ.
+    torch.testing.assert_close(torch.stack(stale), stale[0].expand(3), rtol=1e-6, atol=0.0)
+    assert equal(losses(), plain), "a forward that is not compiled does"
+
+
+def test_a_compiled_forward_shows_each_mask_after_its_step(dynamo, bank, learn, token_rows, monkeypatch):
+    model = bank(num_labels=2, head="shared", trains="nothing")
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    found = learn(model, trainer_class=Told, rows=token_rows(0, 2, 4), **options).told
+    assert len({float(loss) for loss in found}) == 6
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_a_second_task_is_compiled_too(dynamo, bank, learn, token_rows):
+    model = bank()
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    learn(model, **options)
+    model.add_adapter("pets", config(num_labels=2))
+    model.set_adapter("pets")
+    trainer = learn(model, "pets", rows=token_rows(1, 2), **options)
+    assert isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+    assert dynamo["stats"]["unique_graphs"] == 4
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+
+def dtypes(model, found):
+    layer = model.base_model.mask_layers()[0]
+    layer.register_forward_hook(lambda module, given, out: found.add(out.dtype) if module.training else None)
+
+
+def test_autocast_trains_float32_values_under_a_bfloat16_forward(bank, learn, plain):
+    model, found, kept = bank(values_dtype="float32"), set(), []
+    dtypes(model, found)
+
+    def keep(model, state, kwargs):
+        kept.append({tensor.dtype for held in by_role(model, "news").values() for tensor in held})
+
+    told = learn(model, "news", Spy(on_step_end=keep), trainer_class=Told, bf16=True).told
+    assert found == {torch.bfloat16}
+    assert kept == [{torch.float32}] * 6
+    # Eight bits of mantissa: losses near 1 agree to a few hundredths, and not to the last bit.
+    torch.testing.assert_close(torch.stack(told), torch.stack(plain[1]), rtol=0.05, atol=0.0)
+    assert not equal(told, plain[1])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_trainer_computes_in_its_own_precision(bank, learn, first):
+    model, found = bank(), set()
+    learn(model, bf16=first)
+    model.add_adapter("pets", config())
+    dtypes(model, found)
+    learn(model, "pets", bf16=not first)
+    assert found == {torch.float32 if first else torch.bfloat16}
+
+
+def test_what_autocast_learned_is_what_is_saved(bank, learn, tiny_model, tmp_path):
+    model = bank()
+    learn(model, bf16=True)
+    answers = {name: logits(model, name) for name in ("old", "news")}
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(**CALM), tmp_path / "old", adapter_name="old")
+    again.load_adapter(tmp_path / "news", adapter_name="news")
+    assert all(torch.equal(logits(again, name), given) for name, given in answers.items())
+
+
+def test_a_run_under_autocast_is_verified_to_the_last_logit(base_folder, tmp_path):
+    learner = tiny.learner(base_folder, tiny.options("exssnet"), tmp_path / "t", training={"bf16": True})
+    for name in ("pets", "weather"):
+        learner.learn(tiny.task(name))
+    verdict = verify(learner.save_pretrained(tmp_path / "run"), tiny.fresh(base_folder))
+    assert [task["same_logits"] for task in verdict.tasks] == [True, True]
+
+
+# --- accumulation, smoothing, clipping ----------------------------------------------------------------------------
+
+
+class Norms(TrainerCallback):
+    """Notes the norm of all gradients as the optimizer gets them."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        grads = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(grads))
+
+
+def test_accumulating_two_batches_is_one_of_double_size_in_both_phases(bank, learn, token_rows):
+    found = {}
+    for batch, steps in ((8, 1), (4, 2), (4, 1)):
+        norms = Norms()
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}
+        # SGD: a step is as near as its gradient. AdamW would blow up the last bits of a gradient near zero.
+        learn(bank(), "news", norms, rows=token_rows(0, 3, 8), max_steps=2, optim="sgd", rates=None, **options)
+        found[batch, steps] = torch.stack(norms.norms)
+    # Sums of the same eight rows in another order: float32 rounding and no more.
+    torch.testing.assert_close(found[4, 2], found[8, 1], rtol=1e-4, atol=0.0)
+    assert not torch.allclose(found[4, 1], found[8, 1], rtol=1e-2)
+
+
+def smoothed(logits, labels, factor):
+    logs = functional.log_softmax(logits, dim=-1)
+    return (1 - factor) * functional.nll_loss(logs, labels) - factor * logs.mean()
+
+
+def test_smoothing_goes_by_each_tasks_own_label_count(bank, learn, token_rows):
+    model = bank()
+    for adapter, labels in (("news", 3), ("pets", 2)):
+        if adapter not in model.peft_config:
+            model.add_adapter(adapter, config(num_labels=labels))
+            model.set_adapter(adapter)
+        rows = token_rows(0, labels, 4)
+        batch = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            given = model(**batch).logits
+        assert given.shape == (4, labels)
+        told = learn(model, adapter, trainer_class=Told, rows=rows, label_smoothing_factor=0.1).told
+        # The same four rows in another order: rounding of a mean.
+        torch.testing.assert_close(told[0], smoothed(given, torch.tensor(rows["labels"]), 0.1), rtol=1e-5, atol=0.0)
+        assert abs(told[0] - functional.cross_entropy(given, torch.tensor(rows["labels"]))) > 1e-4
+
+
+def test_a_clip_of_zero_leaves_gradients_as_they_are(bank, learn):
+    found = {}
+    for clip in (0.0, 1e9, 0.1):
+        norms = Norms()
+        learn(bank(), "news", norms, max_grad_norm=clip)
+        found[clip] = norms.norms
+    assert equal(found[0.0], found[1e9])
+    assert max(found[0.1]) < 0.1001 < min(found[0.0])
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------
+
+OPTIMS = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_torch_fused": torch.optim.AdamW,
+    "adafactor": transformers.Adafactor,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+def inner(trainer):
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_each_optimizer_moves_what_is_on_and_nothing_else(bank, learn, optim):
+    model = bank()
+    optimizer = inner(learn(model, optim=optim, weight_decay=0.1))
+    assert type(optimizer) is OPTIMS[optim]
+    assert [group["role"] for group in optimizer.param_groups] == ["head", "head", "scores", "values"]
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_a_learner_takes_each_optimizer_too(base_folder, tmp_path, optim):
+    changes = {"optim": optim, "weight_decay": 0.1, "num_train_epochs": 1}
+    learner = tiny.learner(base_folder, tiny.options("exssnet"), tmp_path, training=changes)
+    learner.learn(tiny.task("pets"))
+    before, given = learner.records[0]["parts"], tiny.logits(learner.model)
+    learner.learn(tiny.task("weather"))
+    learner.activate("pets")
+    assert learner.method.parts(0) == before
+    assert torch.equal(tiny.logits(learner.model), given)
+    assert learner.method.parts(1)["values"] != before["values"]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_a_users_optimizer_over_groups_of_its_own_is_taken_over(bank, learn, make):
+    model = bank()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make([{"params": trainable[:5]}, {"params": trainable[5:], "weight_decay": 0.3}], lr=0.5)
+    trainer = learn(model, optimizers=(optimizer, None), rates=RATES, weight_decay=0.1)
+    assert inner(trainer) is optimizer
+    groups = optimizer.param_groups
+    assert [(group["role"], group["weight_decay"]) for group in groups] == [
+        ("head", 0.1), ("head", 0.0), ("scores", 0.0), ("values", 0.1),
+    ]  # fmt: skip
+    assert [group["initial_lr"] for group in groups] == [RATES[group["role"]] for group in groups]
+
+
+def test_a_users_optimizer_keeps_its_other_options(bank, learn):
+    model = bank()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, betas=(0.5, 0.6))
+    learn(model, optimizers=(optimizer, None))
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.6)}
+
+
+def test_a_users_optimizer_over_some_of_it_is_refused_with_how_much_it_lacks(bank, learn):
+    model = bank()
+    optimizer = torch.optim.AdamW([*by_role(model, "news")["head"], torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ConfigError, match=r"optimizer: it holds 1 tensors that do not train and lacks 24 that do"):
+        learn(model, optimizers=(optimizer, None))
+    assert model.base_model.phase("news") == "mask"
+    learn(model)
+
+
+LAYERWISE = {
+    "galore_adamw_layerwise": {"params": [], "optimizer_dict": {}},
+    "galore_adamw": {"params": []},
+    "lomo": {"model": None},
+}
+
+
+@pytest.mark.parametrize("optim", LAYERWISE)
+def test_an_optimizer_with_groups_of_its_own_is_refused_by_a_learner_that_goes_on(
+    base_folder, tmp_path, monkeypatch, optim
+):
+    # What transformers gives once the optional package is there; without it, it raises ImportError before us.
+    given = staticmethod(lambda args, model=None: (torch.optim.AdamW, dict(LAYERWISE[optim])))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", given)
+    learner = tiny.learner(base_folder, tiny.options("exssnet"), tmp_path, training={"optim": optim})
+    with pytest.raises(ConfigError, match=f"optim: {optim} makes parameter groups of its own.*Use adamw_torch"):
+        learner.learn(tiny.task("pets"))
+    assert learner.tasks == []
+    monkeypatch.undo()
+    learner.args.optim = "adamw_torch"
+    learner.learn(tiny.task("pets"))
+    assert learner.tasks == ["pets"]
+
+
+def test_an_optimizer_that_steps_inside_the_backward_is_refused_by_the_callback(bank, learn, monkeypatch):
+    layerwise = transformers.trainer_pt_utils.LayerWiseDummyOptimizer
+    given = staticmethod(lambda args, model=None: (layerwise, {"optimizer_dict": {}}))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", given)
+    model = bank()
+    with pytest.raises(ConfigError, match=r"optimizer: it holds 1 tensors that do not train and lacks 26 that do"):
+        learn(model)
+    assert model.base_model.phase("news") == "mask"
+
+
+# --- reporting and the Hub ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("report_to", ["none", []])
+def test_reporting_to_nobody_keeps_the_facts_in_the_log(bank, learn, report_to):
+    trainer = learn(bank(), report_to=report_to)
+    losses = [log for log in trainer.state.log_history if "loss" in log]
+    facts = {"mask_density", "mask_overlap", "mask_trainable_share", "mask_capacity_left"}
+    assert len(losses) == 6
+    assert all(facts <= log.keys() for log in losses)
+    assert 0 < losses[-1]["mask_overlap"] < 1, "some of its mask is the earlier task's"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the Hub: what is uploaded, by commit."""
+    pushed = []
+
+    def upload(folder_path, **options):
+        files = [str(file.relative_to(folder_path)) for file in sorted(Path(folder_path).rglob("*")) if file.is_file()]
+        pushed.append([name for name in files if "checkpoint-" not in name])
+        return SimpleNamespace(done=lambda: True, is_done=lambda: True)
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_, **__: setattr(self, "push_in_progress", None))
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload))
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    return pushed
+
+
+HUB = {"push_to_hub": True, "hub_model_id": "x/y", "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushing_checkpoints_of_a_named_adapter_is_refused_with_the_way_out(bank, learn, hub, strategy):
+    model, steps = bank(), []
+    counting = Spy(on_step_begin=lambda *_: steps.append(1))
+    message = f"hub_strategy: '{strategy}' would push no weights of adapter 'news'.*hub_strategy='end'"
+    with pytest.raises(ConfigError, match=message):
+        learn(model, "news", counting, hub_strategy=strategy, **HUB)
+    assert (steps, hub, model.base_model.phase("news")) == ([], [], "mask")
+    learn(model)
+
+
+def test_pushing_at_the_end_pushes_the_weights_of_every_adapter(bank, learn, hub):
+    trainer = learn(bank(), hub_strategy="end", **HUB)
+    assert hub == []
+    trainer.push_to_hub()
+    assert {"news/adapter_model.safetensors", "old/adapter_model.safetensors"} <= set(hub[0])
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_pushing_checkpoints_of_the_adapter_called_default_pushes_its_weights(bank, learn, hub, strategy):
+    learn(bank("default"), "default", hub_strategy=strategy, **HUB)
+    assert hub
+    assert all("adapter_model.safetensors" in files for files in hub if "last-checkpoint" not in str(files))
+
+
+def test_a_learner_refuses_to_push_before_any_work(base_folder, tmp_path, hub):
+    place = tmp_path / "trainer"
+    learner = tiny.learner(base_folder, tiny.options("exssnet"), place, training={"push_to_hub": True})
+    with pytest.raises(ConfigError, match=r"push_to_hub: .*Save the whole with save_pretrained and push that"):
+        learner.learn(tiny.task("pets"))
+    assert not place.exists()
+    with pytest.raises(HfClError, match="no task was begun"):
+        learner.model  # noqa: B018
+    learner.args.push_to_hub = False
+    learner.learn(tiny.task("pets"))
+    assert (learner.tasks, hub) == (["pets"], [])
+
+
+# --- the user's own Trainer, collator and metrics -----------------------------------------------------------------
+
+WEIGHTS = torch.tensor([5.0, 0.2, 1.0])
+
+
+class Weighted(Told):
+    """A user's Trainer with weights of the classes in its loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        labels = inputs["labels"]
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+        loss = functional.cross_entropy(outputs.logits, labels, weight=WEIGHTS[: outputs.logits.shape[-1]])
+        self.told = [*getattr(self, "told", []), loss.detach().clone()]
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_users_loss_is_the_one_that_trains(bank, learn, token_rows, plain):
+    model, four = bank(), token_rows(0, 3, 4)
+    with torch.no_grad():
+        given = model(input_ids=torch.tensor(four["input_ids"])).logits
+    told = learn(model, trainer_class=Weighted, rows=four).told
+    expected = functional.cross_entropy(given, torch.tensor(four["labels"]), weight=WEIGHTS)
+    # The same four rows in another order: rounding of a mean.
+    torch.testing.assert_close(told[0], expected, rtol=1e-5, atol=0.0)
+    assert not equal(state_of(model), state_of(plain[0]))
+
+
+def test_a_users_loss_function_is_the_one_that_trains(bank, learn, plain):
+    def half(outputs, labels, num_items_in_batch=None):
+        return functional.cross_entropy(outputs["logits"], labels) / 2
+
+    told = learn(bank(), trainer_class=Told, compute_loss_func=half).told
+    torch.testing.assert_close(told[0], plain[1][0] / 2, rtol=1e-6, atol=0.0)
+
+
+def test_a_learner_trains_with_the_users_trainer_for_every_task(base_folder, tmp_path):
+    found = {}
+    for kind in (Trainer, Weighted):
+        learner = tiny.learner(base_folder, tiny.options("exssnet"), tmp_path / kind.__name__, trainer_class=kind)
+        for name in ("pets", "weather"):
+            learner.learn(tiny.task(name))
+        assert learner.method.parts(0) == learner.records[0]["parts"]
+        found[kind] = [record["parts"]["values"] for record in learner.records]
+    assert all(one != two for one, two in zip(*found.values(), strict=True))
+
+
+class Cuts:
+    """A user's collator: the tokenizer's, with every row cut to so many tokens."""
+
+    def __init__(self, collate, tokens):
+        self.collate, self.tokens, self.calls = collate, tokens, 0
+
+    def __call__(self, rows):
+        self.calls += 1
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        cut = [{n: value[: self.tokens] if n in names else value for n, value in row.items()} for row in rows]
+        return self.collate(cut)
+
+
+def test_a_users_collator_makes_the_batches(bank, learn, plain):
+    model, widths = bank(), set()
+    layer = model.base_model.mask_layers()[0]
+    layer.register_forward_hook(lambda module, given, out: widths.add(given[0].shape[1]) if module.training else None)
+    cuts = Cuts(default_data_collator, 4)
+    learn(model, data_collator=cuts)
+    assert (widths, cuts.calls) == ({4}, 6)
+    assert not equal(state_of(model), state_of(plain[0]))
+
+
+def test_a_learners_collator_makes_the_batches_of_training_and_evaluation(base_folder, tmp_path):
+    cuts = Cuts(DataCollatorWithPadding(tiny.tokenizer()), 3)
+    learner = tiny.learner(base_folder, tiny.options("exssnet"), tmp_path, data_collator=cuts)
+    first = learner.learn(tiny.task("pets"))
+    assert cuts.calls >= first["steps"] + 2
+    calls = cuts.calls
+    assert learner.evaluate() == first["metrics"]
+    assert cuts.calls > calls
+    learner.learn(tiny.task("weather"))
+    assert learner.method.parts(0) == first["parts"]
+
+
+def test_a_users_metrics_stand_in_the_log_of_both_phases(bank, learn, token_rows):
+    def share_of_first(prediction):
+        return {"first": float(np.mean(prediction.predictions.argmax(-1) == 0))}
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "compute_metrics": share_of_first}
+    trainer = learn(bank(), eval_dataset=token_rows(1000, 3, 8), **options)
+    found = [(log["step"], log["eval_first"]) for log in trainer.state.log_history if "eval_first" in log]
+    assert [step for step, _ in found] == [2, 4, 6]
+    assert all(0 <= value <= 1 for _, value in found)
+    # After the commit, values rounded: what a fresh evaluation gives.
+    assert {"eval_first", "eval_loss"} <= trainer.evaluate().keys()
