@@ -1,6 +1,7 @@
 """The masked adapter behind PEFT's verbs: one adapter after the other, merged ones, mixed batches, what PEFT tells."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers.utils.hub
 from huggingface_hub import ModelCard
 from masked import LABELS, NAMES, WEIGHTS, changed, config, finish, load, logits, move, rows, state
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, Trainer
 
 from hf_cl import OwnershipCallback
@@ -164,7 +165,7 @@ def test_each_task_has_a_head_of_its_own_width_and_weights(bank):
 def test_an_adapter_of_another_peft_method_is_refused_beside_tasks(bank):
     before = state(bank)
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        bank.add_adapter("lora", LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+        bank.add_adapter("other", LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     assert changed(before, state(bank)) == []
 
 
@@ -232,6 +233,7 @@ def test_exactly_one_task_can_be_merged(bank, verb, names):
 def test_a_safe_merge_refuses_what_is_not_finite(bank, verb, number):
     layer = bank.base_model.mask_layers()[0]
     layer.store.values[layer.mask("shop")] = float(number)
+    bank.set_adapter("shop")
     before = state(bank)
     with pytest.raises(ConfigError, match=f"{layer.path}: adapter 'shop' has values that are not finite"):
         getattr(bank, verb)(safe_merge=True, adapter_names=["shop"])
@@ -247,6 +249,7 @@ def test_a_safe_merge_checks_every_layer_before_it_merges_one(bank, verb, where)
         layer.store.values[layer.mask("shop")] = float("nan")
     else:
         bank.base_model.own_tensors("shop")["classifier.weight"][0, 0] = float("nan")
+    bank.set_adapter("shop")
     before = state(bank)
     with pytest.raises(ConfigError, match="not finite"):
         getattr(bank, verb)(safe_merge=True, adapter_names=["shop"])
@@ -357,13 +360,10 @@ def test_other_outputs_of_a_mixed_batch_are_in_the_order_of_the_rows(bank):
 
 
 @pytest.mark.xfail(strict=True, reason="a plain PeftModel calls the base past the tuner: the active task answers all")
-def test_a_mixed_batch_is_answered_without_a_task_type_too(bank):
-    for name in NAMES:
-        bank.peft_config[name].task_type = None
-    plain = PeftModel(bank.unload(), config(task_type=None), adapter_name="news")
-    plain.add_adapter("pets", config(task_type=None, num_labels=2))
-    plain.eval()
-    assert mixed(plain, ["news", "pets"])[1, 2] == -torch.inf
+def test_a_mixed_batch_is_answered_without_a_task_type_too(one):
+    model = one(task_type=None)
+    model.add_adapter("pets", config(task_type=None, num_labels=2))
+    assert mixed(model.eval(), ["news", "pets"])[1, 2] == -torch.inf
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["answered", "failed"])
@@ -439,10 +439,10 @@ def test_peft_finds_the_base_of_a_saved_adapter_by_itself(from_folder):
         assert torch.equal(logits(whole, name), logits(model, name))
 
 
-def test_selected_adapters_are_saved_alone(bank, tmp_path):
+def test_selected_adapters_are_saved_alone(tiny_model, bank, tmp_path):
     bank.save_pretrained(tmp_path, selected_adapters=["pets"])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["README.md", "pets"]
-    assert torch.equal(logits(load(bank.unload(), tmp_path, "pets")), logits(bank, "pets")) is False or True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "pets"]
+    assert torch.equal(logits(load(tiny_model(), tmp_path, "pets")), logits(bank, "pets"))
 
 
 @pytest.fixture
@@ -451,7 +451,7 @@ def pushed(monkeypatch):
     files = {}
 
     def create_commit(operations, **_):
-        files.update({each.path_in_repo: each.path_or_fileobj.read_bytes() for each in operations})
+        files.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
 
     api = SimpleNamespace(create_repo=lambda repo, **_: SimpleNamespace(repo_id=repo), create_commit=create_commit)
     new = ModelCard("---\nlibrary_name: transformers\n---\n\n[More Information Needed]\n")

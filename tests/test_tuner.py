@@ -1,14 +1,16 @@
-"""The masked adapter as a PEFT method: every verb of PEFT's, on a bank of three tasks."""
+"""The masked adapter itself: options, names, what stays frozen, bases it goes on, gradients, its registration."""
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
-import shutil
+import pickle
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from masked import WEIGHTS, changed, config, finish, load, logits, move, state
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
@@ -16,192 +18,196 @@ from transformers import Trainer, TrainerCallback
 import hf_cl.tuner
 import hf_cl.tuner.peft_type
 from hf_cl import MaskConfig, OwnershipCallback
-from hf_cl.errors import BaseModelError, ConfigError, OwnershipError
-from hf_cl.masks.select import kept_count
+from hf_cl.errors import BaseModelError, ConfigError
 from hf_cl.ownership.owner import FREE
+from hf_cl.tuner.adapter_file import adapter_of_key
+from hf_cl.tuner.names import require_name
 
-NAMES = ("news", "pets", "shop")
-ORDERS = list(itertools.permutations(NAMES))
-
-
-def config(**options):
-    return MaskConfig(**({"task_type": "SEQ_CLS", "density": 0.2, "num_labels": 3} | options))
+pytest_plugins = ["masked"]
 
 
-def logits(model, adapter=None):
-    if adapter is not None:
-        model.set_adapter(adapter)
-    ids = torch.randint(50, (5, 7), generator=torch.Generator().manual_seed(9))
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+# --- options --------------------------------------------------------------------------------------------------
 
 
-def move(model, adapter, seed=3):
-    """Stand in for training: move the head and the scores, and in the weight phase the values."""
-    generator = torch.Generator().manual_seed(seed)
-    tuner = model.base_model
-    moving = [layer.hfcl_scores[adapter] for layer in tuner.mask_layers()]
-    moving += [layer.hfcl_values[adapter] for layer in tuner.mask_layers()] if tuner.phase(adapter) == "weight" else []
-    with torch.no_grad():
-        for tensor in [*moving, *tuner.own_tensors(adapter).values()]:
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
-    if tuner.phase(adapter) == "mask":
-        tuner.refresh_masks(adapter)
+def test_a_listed_family_needs_no_targets_and_the_base_says_how_many_labels(tiny_model):
+    model = get_peft_model(tiny_model(), MaskConfig())
+    assert len(model.base_model.mask_layers()) == 12
+    assert model.peft_config["default"].num_labels == 2
+    assert model.peft_config["default"].head_modules == ["classifier"]
 
 
-def finish(model, adapter, seed=3):
-    """Take an adapter to its commit without a Trainer."""
-    model.set_adapter(adapter)
-    move(model, adapter, seed)
-    if model.peft_config[adapter].trains != "nothing":
-        model.base_model.begin_weight_phase(adapter)
-        move(model, adapter, seed)
-    model.base_model.commit(adapter)
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"modules_to_save": ["classifier"]}, "head_modules"),
+        ({"target_parameters": ["weight"]}, "target_modules"),
+        ({"rank_pattern": {"query": 4}}, "density"),
+        ({"alpha_pattern": {"query": 4}}, "scale"),
+        ({"r": 8}, "density"),
+        ({"lora_alpha": 16}, "scale"),
+        ({"bias": "none"}, "train_norms"),
+    ],
+)
+def test_options_of_other_methods_are_refused_with_what_to_use(option, instead):
+    with pytest.raises(ConfigError, match=f"^{next(iter(option))}: makes no sense for a mask: .*`{instead}`"):
+        MaskConfig(**option)
 
 
-@pytest.fixture
-def one(tiny_model):
-    """Make a model with one adapter, `news`."""
-    return lambda **options: get_peft_model(tiny_model(), config(**options), adapter_name="news")
+def test_an_unknown_option_is_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="^densty: is no option of MaskConfig. Did you mean 'density'"):
+        MaskConfig(densty=0.1)
 
 
-def make_bank(tiny_model):
-    model = get_peft_model(tiny_model(), config(trains="claimed", train_norms=True), adapter_name="news")
-    finish(model, "news")
-    for seed, name, labels, trains in ((1, "pets", 2, "nothing"), (2, "shop", 4, "claimed")):
-        model.add_adapter(name, config(num_labels=labels, trains=trains, train_norms=True))
-        finish(model, name, seed)
-    return model
+def full():
+    """A config with no option left as it is by default, where another value is allowed."""
+    return config(
+        density=0.3, num_labels=None, id2label={0: "a", 1: "b", 2: "c"}, compose="prune", scale=2.0, rank="magnitude",
+        trains="claimed", free_topk=True, values_dtype="float32", train_norms=True, seed=4, task_index=5,
+        problem_type="multi_label_classification", head="shared", head_of=0, scales={"query": 0.5},
+        target_modules=["query"], exclude_modules=["key"], head_modules=["classifier"], missing_modules=["x.weight"],
+        base_fingerprint="abc", base_model_name_or_path="someone/base", revision="main",
+    )  # fmt: skip
 
 
-@pytest.fixture
-def bank(tiny_model):
-    """Three committed tasks of unequal label counts: values, a mask alone, values again."""
-    return make_bank(tiny_model)
+def test_a_config_survives_being_copied_pickled_replaced_and_saved(tmp_path):
+    made = full()
+    made.save_pretrained(tmp_path)
+    assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == dataclasses.replace(made) == made  # noqa: S301
+    assert PeftConfig.from_pretrained(tmp_path) == MaskConfig.from_pretrained(tmp_path) == made
+    assert type(PeftConfig.from_pretrained(tmp_path)) is MaskConfig
+    assert dataclasses.replace(made, density=0.5).density == 0.5
+    with pytest.raises(ConfigError, match="density"):
+        dataclasses.replace(made, density=2)
+
+
+def test_sets_are_written_in_order(tmp_path):
+    # Twenty strings come out of a set in order once in 20! hash seeds.
+    names = [f"layer.{number:02}" for number in range(20)]
+    first = MaskConfig(target_modules=set(names), exclude_modules=set(names), head_modules=names)
+    later = MaskConfig(head_modules=names)
+    later.target_modules, later.exclude_modules = set(names), set(names)
+    for made, folder in ((first, tmp_path / "first"), (later, tmp_path / "later")):
+        made.save_pretrained(folder)
+        stored = json.loads((folder / "adapter_config.json").read_text())
+        assert stored["target_modules"] == stored["exclude_modules"] == names
+    assert (tmp_path / "first" / "adapter_config.json").read_bytes() == (
+        tmp_path / "later" / "adapter_config.json"
+    ).read_bytes()
+
+
+@pytest.mark.xfail(strict=True, reason="targets are compared as they are written, not as what they name")
+@pytest.mark.parametrize(
+    "targets",
+    [("query", "query"), (["query", "key"], ["key", "query"]), "all"],
+    ids=["a string", "another order", "twenty or more, which PEFT shortens"],
+)
+def test_the_same_targets_are_accepted_again_however_they_are_written(tiny_model, targets):
+    base = tiny_model(num_hidden_layers=4)
+    if targets == "all":
+        names = [name for name, module in base.bert.encoder.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = (names, names)
+    model = get_peft_model(base, config(target_modules=targets[0]), adapter_name="news")
+    model.add_adapter("pets", config(target_modules=targets[1]))
+    assert list(model.peft_config) == ["news", "pets"]
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+
+HARD = ("0", "query", "dense", "1", "weight", "bias", "base_layer", "hfcl_scores", "hfcl_copy", "classifier", "layer")
+HARD = (*HARD, "default", "copies", "bert", "model", "base_model", "two words")
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_model, tmp_path_factory):
-    """The folder of such a bank, and each task's logits when it was saved."""
-    model, folder = make_bank(tiny_model), tmp_path_factory.mktemp("bank")
+def hard(tiny_model, tmp_path_factory):
+    """A bank of tasks named like parts of paths, its folder, and each one's logits."""
+    folder, model = tmp_path_factory.mktemp("hard"), None
+    for place, name in enumerate(HARD):
+        made = config(
+            num_labels=2 + place % 3, density=0.05, trains=("claimed", "nothing")[place % 2], train_norms=True
+        )
+        if model is None:
+            model = get_peft_model(tiny_model(), made, adapter_name=name)
+        else:
+            model.add_adapter(name, made)
+        finish(model, name, place)
     model.save_pretrained(folder)
-    return folder, {name: logits(model, name) for name in NAMES}
+    return model, folder, {name: logits(model, name) for name in HARD}
 
 
-def load(tiny_model, folder, *names):
-    model = PeftModel.from_pretrained(tiny_model(), folder / names[0], adapter_name=names[0])
-    for name in names[1:]:
-        loaded = model.load_adapter(folder / name, adapter_name=name)
-        assert not loaded.missing_keys
-        assert not loaded.unexpected_keys
+def place(folder, name):
+    return folder if name == "default" else folder / name
+
+
+def load_hard(base, folder, order):
+    model = PeftModel.from_pretrained(base, place(folder, order[0]), adapter_name=order[0])
+    for name in order[1:]:
+        model.load_adapter(place(folder, name), adapter_name=name)
     return model
 
 
-# --- PEFT's verbs -----------------------------------------------------------------------------------------
+def test_files_of_tasks_named_like_parts_of_paths_hold_all_keys(hard):
+    _, folder, _ = hard
+    keys = {name: set(load_file(place(folder, name) / WEIGHTS)) for name in HARD}
+    assert len(keys["0"]) == 12 * 7 + 2 + 4 * 2
+    assert all(found == keys["0"] for found in keys.values())
 
 
-def test_the_first_adapter_is_active_and_trains_its_scores_vector_and_head(one):
-    model = one(density=0.1)
-    tuner = model.base_model
-    assert model.active_adapter == "news"
-    assert [layer.phase("news") for layer in tuner.mask_layers()] == ["mask"] * 12
-    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert sum(size for name, size in trained.items() if ".hfcl_scores." in name) == 4096
-    assert sum(size for name, size in trained.items() if ".hfcl_values." in name) == 8 * 26 + 4 * 51
-    assert sum(size for name, size in trained.items() if ".hfcl_copy." in name) == 3 * 16 + 3
-    assert len(trained) == 12 + 12 + 2
+@pytest.mark.parametrize("order", list(itertools.permutations(HARD[:3])), ids="-".join)
+def test_tasks_named_like_parts_of_paths_load_in_every_order(tiny_model, hard, order):
+    _, folder, before = hard
+    model = load_hard(tiny_model(), folder, order)
+    for name in order:
+        assert torch.equal(logits(model, name), before[name])
 
 
-def test_a_second_adapter_leaves_the_first_one_active(one):
+def test_many_tasks_named_like_parts_of_paths_load_and_are_deleted_one_by_one(tiny_model, hard):
+    _, folder, before = hard
+    model = load_hard(tiny_model(), folder, HARD[::-1])
+    model.set_adapter(HARD[-1])
+    for gone, name in enumerate(HARD[:-1]):
+        model.delete_adapter(name)
+        left = {found[1] for found in map(adapter_of_key, model.state_dict()) if found is not None}
+        assert left == set(HARD[gone + 1 :])
+        for other in HARD[gone + 1 :]:
+            assert torch.equal(logits(model, other), before[other])
+        model.set_adapter(HARD[-1])
+
+
+@pytest.mark.xfail(strict=True, reason="PEFT keeps gradients of what is there by name, and takes a path for the task")
+@pytest.mark.parametrize("name", ["0", "query", "dense", "layer", "hfcl_scores"])
+def test_loading_a_task_named_like_part_of_a_path_leaves_gradients_on(one, hard, name):
+    model = one(train_norms=True, task_index=90)
+    before = state(model)
+    model.load_adapter(place(hard[1], name), adapter_name=name)
+    assert [each for each in changed(before, state(model)) if each.endswith("news requires grad")] == []
+
+
+BAD = ["a.b", "..", "a/b", "a\\b", "a:b", "a\nb", "a\x00b", "", " ", " a", "a\t", "__base__", "keys", "values", "items"]
+BAD += ["pop", "copy", "update", "train", "eval", "forward", "training", "_modules", "_buffers", "__class__"]
+WORSE = ["values ", " __base__", ".modules", "/parameters"]
+WORSE = [
+    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="_tame may give a taken name")) for name in WORSE
+]
+
+
+@pytest.mark.parametrize("name", [*BAD, *WORSE])
+def test_a_name_that_cannot_be_is_refused_with_one_that_can(one, name):
     model = one()
-    before = logits(model)
-    model.add_adapter("pets", config(num_labels=2))
-    assert model.active_adapter == "news"
-    assert torch.equal(logits(model), before)
-    assert logits(model, "pets").shape == (5, 2)
-    assert torch.equal(logits(model, "news"), before)
+    before = state(model)
+    with pytest.raises(ConfigError, match="^adapter name ") as raised:
+        model.add_adapter(name, config())
+    assert changed(before, state(model)) == []
+    suggested = str(raised.value).rpartition("Use '")[2].removesuffix("'.")
+    require_name(suggested)
 
 
-def test_disabled_adapters_are_the_base_bit_for_bit(tiny_model, bank):
-    base = logits(tiny_model())
-    for name in NAMES:
-        before = logits(bank, name)
-        with bank.disable_adapter():
-            assert torch.equal(logits(bank), base)
-        assert torch.equal(logits(bank), before)
-
-
-def test_unloading_gives_the_base_back(tiny_model, bank):
+@pytest.mark.parametrize("name", ["a.b", "values"])
+def test_a_base_is_not_touched_for_a_name_that_cannot_be(tiny_model, name):
     base = tiny_model()
-    unloaded = bank.unload()
-    assert torch.equal(logits(unloaded), logits(base))
-    assert unloaded.state_dict().keys() == base.state_dict().keys()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_deleting_a_task_leaves_the_others_as_they_were(bank, name):
-    rest = [other for other in NAMES if other != name]
-    before = {other: logits(bank, other) for other in rest}
-    bank.delete_adapter(name)
-    for other in rest:
-        assert torch.equal(logits(bank, other), before[other])
-    assert not [key for key in bank.state_dict() if f".{name}" in key]
-
-
-def test_deleting_the_active_task_shows_the_next_one_with_its_labels(bank):
-    bank.set_adapter("shop")
-    with pytest.warns(UserWarning, match="was active which is now deleted"):
-        bank.delete_adapter("shop")
-    assert bank.base_model.active_adapters == ["news"]
-    assert bank.config.num_labels == logits(bank).shape[1] == 3
-
-
-def test_a_number_is_not_used_twice_after_a_deletion(bank):
-    bank.set_adapter("news")
-    bank.delete_adapter("shop")
-    bank.add_adapter("next", config(train_norms=True))
-    assert bank.peft_config["next"].task_index == 3
-
-
-def test_a_copied_bank_answers_alike_and_on_its_own(bank):
-    copied = copy.deepcopy(bank)
-    before = logits(bank, "news")
-    assert torch.equal(logits(copied, "news"), before)
-    copied.base_model.mask_layers()[0].store.values.zero_()
-    copied.base_model.mask_layers()[0].compose()
-    assert not torch.equal(logits(copied), before)
-    assert torch.equal(logits(bank), before)
-
-
-def test_two_active_adapters_are_refused_and_nothing_changes(bank):
-    before = logits(bank, "pets")
-    with pytest.raises(OwnershipError, match="news, pets cannot be active together"):
-        bank.base_model.set_adapter(["news", "pets"])
-    assert bank.base_model.active_adapters == ["pets"]
-    assert torch.equal(logits(bank), before)
-
-
-def test_labels_follow_the_active_task(tiny_model):
-    base = tiny_model()
-    base.config.problem_type = "regression"
-    names = {0: "good", 1: "bad", 2: "ugly"}
-    model = get_peft_model(base, config(num_labels=None, id2label=names), adapter_name="news")
-    model.add_adapter("pets", config(num_labels=2))
-    for name, labels in (("news", names), ("pets", {0: "LABEL_0", 1: "LABEL_1"}), ("news", names)):
-        model.set_adapter(name)
-        assert model.config.num_labels == model.base_model.model.num_labels == len(labels)
-        assert model.config.id2label == labels
-        assert model.config.label2id == {label: index for index, label in labels.items()}
-        assert model.config.problem_type == "single_label_classification"
-        ids = torch.zeros((len(labels), 3), dtype=torch.long)
-        assert model(input_ids=ids, labels=torch.arange(len(labels))).loss.isfinite()
-
-
-def test_each_task_has_a_head_of_its_own_width_and_weights(bank):
-    heads = [bank.base_model.own_tensors(name)["classifier.weight"] for name in NAMES]
-    assert [tuple(head.shape) for head in heads] == [(3, 16), (2, 16), (4, 16)]
-    assert not torch.equal(heads[0][:2], heads[1])
+    with pytest.raises(ConfigError, match="^adapter name "):
+        get_peft_model(base, config(), adapter_name=name)
+    assert [type(module) for module in base.modules()] == [type(module) for module in tiny_model().modules()]
 
 
 # --- what is finished stays frozen ---------------------------------------------------------------------------
@@ -217,18 +223,6 @@ def test_a_finished_task_requires_no_gradient_whatever_is_set_active(bank):
         with bank.disable_adapter():
             pass
         assert trainable() == []
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_a_finished_task_that_was_loaded_requires_no_gradient_either(tiny_model, saved, is_trainable):
-    folder, _ = saved
-    model = PeftModel.from_pretrained(tiny_model(), folder / "news", adapter_name="news", is_trainable=is_trainable)
-    model.load_adapter(folder / "pets", adapter_name="pets", is_trainable=is_trainable)
-    for name in ("pets", "news"):
-        model.set_adapter(name)
-        with model.disable_adapter():
-            pass
-        assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
 
 
 def test_only_the_new_task_requires_gradients(bank):
@@ -329,170 +323,6 @@ def test_a_head_missing_from_the_checkpoint_is_the_tasks_own(tiny_model, tmp_pat
     assert model.peft_config["news"].head_modules == ["classifier"]
 
 
-# --- saving and loading ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])
-def test_tasks_load_in_every_order_and_alone_with_the_same_logits(tiny_model, saved, order):
-    folder, before = saved
-    for count in range(1, 4):
-        model = load(tiny_model, folder, *order[:count])
-        for name in order[:count]:
-            assert torch.equal(logits(model, name), before[name])
-
-
-def test_the_shared_store_is_in_no_file_and_a_committed_task_has_no_scores(saved):
-    folder, _ = saved
-    kept = sum(kept_count(size, 0.2) for size in [256] * 8 + [512] * 4)
-    for name, trains in zip(NAMES, (True, False, True), strict=True):
-        tensors = load_file(folder / name / "adapter_model.safetensors")
-        sizes = {kind: 0 for kind in ("scores", "values", "bits", "owned", "inherited", "where", "threshold", "copy")}
-        for key, tensor in tensors.items():
-            sizes[key.partition(".hfcl_")[2].partition(".")[0]] += tensor.numel()
-        labels = {"news": 3, "pets": 2, "shop": 4}[name]
-        assert (sizes["scores"], sizes["values"]) == (0, 0)
-        assert sizes["bits"] == 4096 // 8
-        assert (sizes["owned"] > 0) == trains
-        assert sizes["owned"] + sizes["inherited"] <= kept
-        assert sizes["copy"] == labels * 17 + 4 * 32
-
-
-def test_a_reloaded_bank_owns_what_it_owned(tiny_model, saved, bank):
-    folder, _ = saved
-    model = load(tiny_model, folder, *reversed(NAMES))
-    for held, loaded in zip(bank.base_model.mask_layers(), model.base_model.mask_layers(), strict=True):
-        assert torch.equal(held.store.owner, loaded.store.owner)
-        assert torch.equal(held.store.values, loaded.store.values)
-    assert [model.peft_config[name].task_index for name in NAMES] == [0, 1, 2]
-
-
-@pytest.mark.parametrize("names", [NAMES, NAMES[::-1], ("shop",)], ids="-".join)
-def test_a_reloaded_bank_learns_on_and_keeps_what_it_has(tiny_model, saved, names):
-    folder, before = saved
-    model = load(tiny_model, folder, *names)
-    model.add_adapter("next", config(num_labels=5, trains="claimed", train_norms=True))
-    assert model.peft_config["next"].task_index == 3
-    finish(model, "next")
-    for name in names:
-        assert torch.equal(logits(model, name), before[name])
-
-
-def test_a_bank_saved_again_after_loading_is_the_same_bank(tiny_model, saved, tmp_path):
-    folder, before = saved
-    load(tiny_model, folder, *NAMES).save_pretrained(tmp_path)
-    model = load(tiny_model, tmp_path, *NAMES[::-1])
-    for name in NAMES:
-        assert torch.equal(logits(model, name), before[name])
-
-
-def test_the_saved_config_reads_back_as_ours_and_holds_the_scales(saved):
-    folder, _ = saved
-    read = PeftConfig.from_pretrained(folder / "pets")
-    assert type(read) is MaskConfig
-    assert (read.task_index, read.num_labels, read.trains) == (1, 2, "nothing")
-    assert len(read.scales) == 12
-    assert read.scales == PeftConfig.from_pretrained(folder / "shop").scales
-
-
-@pytest.mark.parametrize("phase", ["mask", "weight"])
-@pytest.mark.parametrize("backwards", [False, True], ids=["in order", "backwards"])
-def test_an_unfinished_task_saves_its_scores_and_goes_on_where_it_was(tiny_model, tmp_path, phase, backwards):
-    model = get_peft_model(tiny_model(), config(trains="claimed"), adapter_name="news")
-    finish(model, "news")
-    model.add_adapter("pets", config(num_labels=2, trains="claimed"))
-    model.set_adapter("pets")
-    move(model, "pets")
-    if phase == "weight":
-        model.base_model.begin_weight_phase("pets")
-        move(model, "pets")
-    before = {name: logits(model, name) for name in ("news", "pets")}
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "pets" / "adapter_model.safetensors")
-    assert sum(tensor.numel() for key, tensor in tensors.items() if ".hfcl_scores" in key) == 4096
-    loaded = load(tiny_model, tmp_path, *(("pets", "news") if backwards else ("news", "pets")))
-    assert loaded.base_model.phase("pets") == phase
-    for name in ("news", "pets", "news"):
-        assert torch.equal(logits(loaded, name), before[name])
-    for each in (model, loaded):
-        each.set_adapter("pets")
-        move(each, "pets")
-        each.base_model.commit("pets")
-    assert torch.equal(logits(loaded, "pets"), logits(model, "pets"))
-
-
-@pytest.mark.parametrize("phase", ["mask", "weight"])
-def test_an_unfinished_task_without_the_tasks_it_reads_is_right_or_refused(tiny_model, tmp_path, phase):
-    model = get_peft_model(tiny_model(), config(trains="claimed"), adapter_name="news")
-    finish(model, "news")
-    model.add_adapter("pets", config(num_labels=2, trains="claimed"))
-    model.set_adapter("pets")
-    if phase == "weight":
-        model.base_model.begin_weight_phase("pets")
-    move(model, "pets")
-    assert model.base_model.facts("pets")["overlap"] > 0
-    model.save_pretrained(tmp_path)
-    try:
-        found = logits(load(tiny_model, tmp_path, "pets"), "pets")
-    except OwnershipError:
-        return
-    assert torch.equal(found, logits(model, "pets"))
-
-
-@pytest.mark.parametrize("order", [("news", "shop"), ("shop", "news")], ids="-".join)
-@pytest.mark.parametrize("trains", ["claimed", "nothing"])
-def test_a_stale_file_of_a_retrained_task_is_refused(tiny_model, saved, tmp_path, trains, order):
-    folder, _ = saved
-    retrained = get_peft_model(tiny_model(), config(trains=trains, train_norms=True), adapter_name="news")
-    finish(retrained, "news", seed=4)
-    retrained.save_pretrained(tmp_path)
-    where = {"news": tmp_path / "news", "shop": folder / "shop"}
-    model = PeftModel.from_pretrained(tiny_model(), where[order[0]], adapter_name=order[0])
-    before = logits(model, order[0])
-    with pytest.raises(OwnershipError, match=r"stale or of another bank"):
-        model.load_adapter(where[order[1]], adapter_name=order[1])
-    assert torch.equal(logits(model, order[0]), before)
-
-
-@pytest.mark.parametrize("order", [("news", "shop"), ("shop", "news")], ids="-".join)
-def test_a_stale_file_with_the_same_mask_and_untrained_values_is_refused(tiny_model, saved, tmp_path, order):
-    folder, _ = saved
-    untrained = get_peft_model(tiny_model(), config(train_norms=True), adapter_name="news")
-    finish(untrained, "news")
-    untrained.save_pretrained(tmp_path)
-    where = {"news": tmp_path / "news", "shop": folder / "shop"}
-    model = PeftModel.from_pretrained(tiny_model(), where[order[0]], adapter_name=order[0])
-    with pytest.raises(OwnershipError, match=r"stale or of another bank"):
-        model.load_adapter(where[order[1]], adapter_name=order[1])
-
-
-def test_a_bank_loads_with_low_cpu_memory_usage_too(tiny_model, saved):
-    folder, before = saved
-    options = {"low_cpu_mem_usage": True}
-    model = PeftModel.from_pretrained(tiny_model(), folder / "pets", adapter_name="pets", **options)
-    model.load_adapter(folder / "news", adapter_name="news", **options)
-    for name in ("news", "pets"):
-        assert torch.equal(logits(model, name), before[name])
-
-
-def test_a_bank_on_another_base_is_refused_and_the_base_is_left_unwrapped(tiny_model, saved):
-    folder, _ = saved
-    base = tiny_model(seed=5)
-    names = [name for name, _ in base.named_modules()]
-    with pytest.raises(BaseModelError, match="another revision or another dtype"):
-        PeftModel.from_pretrained(base, folder / "news", adapter_name="news")
-    assert [name for name, _ in base.named_modules()] == names
-
-
-def test_a_bank_without_a_fingerprint_loads_on_another_base_with_its_own_scales(tiny_model, saved, tmp_path):
-    folder, _ = saved
-    shutil.copytree(folder / "news", tmp_path / "news")
-    file = tmp_path / "news" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_fingerprint": None}))
-    model = PeftModel.from_pretrained(tiny_model(seed=5), tmp_path / "news", adapter_name="news")
-    stored = model.peft_config["news"].scales
-    assert {layer.path: layer.store.scale for layer in model.base_model.mask_layers()} == stored
-
-
 # --- bases ----------------------------------------------------------------------------------------------------
 
 
@@ -518,10 +348,26 @@ def test_a_bf16_base_keeps_a_float32_store_and_its_tasks_exact(tiny_model, token
 
 @pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
 def test_a_cast_of_the_whole_model_is_refused(bank, cast):
-    before = logits(bank, "news")
+    logits(bank, "news")
+    before = state(bank)
     with pytest.raises(BaseModelError, match="a cast would change finished tasks"):
         cast(bank)
-    del before
+    assert changed(before, state(bank)) == []
+
+
+@pytest.mark.parametrize("by", ["peft", "transformers"])
+def test_a_model_that_another_peft_method_wraps_is_refused_with_the_way_out(tiny_model, by):
+    base, lora = tiny_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    wrapped = get_peft_model(base, lora) if by == "peft" else base
+    if by == "transformers":
+        base.add_adapter(lora)
+    before = [(name, type(module)) for name, module in wrapped.named_modules()]
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ConfigError, match=r"merge_and_unload\(\) or unload\(\) on that first"),
+    ):
+        get_peft_model(wrapped, config())
+    assert [(name, type(module)) for name, module in wrapped.named_modules()] == before
 
 
 def test_a_quantised_base_is_refused(tiny_model):

@@ -28,10 +28,10 @@ class TaskHeads:
         """Add task number `index` with a fresh head and make it active and trainable."""
         std = float(getattr(self.model.config, "initializer_range", 0.02))
         for name, layer in self.layers.items():
-            rows = len(labels) if name == self.names[-1] else layer.original.out_features
+            rows = len(labels) if name == self.names[-1] else getattr(layer.original, "out_features", None)
             made = task_copy(
                 layer.original,
-                out_features=int(rows),  # type: ignore[arg-type]
+                out_features=rows,
                 std=std,
                 generator=task_generator(self.seed, index, name),
             )

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from hf_cl.config import option
 from hf_cl.errors import ConfigError, RunError
@@ -54,6 +55,8 @@ class Lora(Method):
         self.options, self.seed = options, seed
         stored = (settled or {}).get("target_modules")
         self.targets = stored or find_targets(base.model, family_of(base.model).targets, base.head)
+        # GPT-2's linears store their weight transposed, and PEFT has to be told.
+        self._transposed = any(isinstance(base.model.get_submodule(name), Conv1D) for name in self.targets)
         self.heads = TaskHeads(base, seed)
         base.model.accepts_loss_kwargs = False
         base.model.requires_grad_(False)
@@ -79,6 +82,7 @@ class Lora(Method):
             lora_alpha=alpha,
             lora_dropout=self.options.dropout,
             target_modules=list(self.targets),
+            fan_in_fan_out=self._transposed,
         )
         if self._model is None:
             self._model = get_peft_model(self.base.model, config, adapter_name=adapter)

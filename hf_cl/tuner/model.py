@@ -471,12 +471,14 @@ class MaskModel(BaseTuner):
         """Yield, by their names in the plain base and sorted, all base tensors a forward reads but the head's."""
         head = tuple(f"{name}." for name in self.mask_config.head_modules or ())
         found = {}
+        # While a task is merged, the base's own weights stand beside it.
+        kept = {id(layer.base_layer.weight): layer.base_weight for layer in self.mask_layers()}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             parts = name.split(".")
             plain = ".".join(part for part in parts if part != "base_layer")
-            ours = any(part.startswith("hfcl_") or part in ("store", "live_mask") for part in parts)
+            ours = any(part.startswith("hfcl_") or part in ("store", "live_mask", "pretrained") for part in parts)
             if not ours and not plain.startswith(head):
-                found[plain] = tensor
+                found[plain] = kept.get(id(tensor), tensor)
         yield from ((name, found[name]) for name in sorted(found))
 
     @property
