@@ -6,7 +6,11 @@ HfClError
 ├── BaseModelError    the base cannot be masked, or is not the one a run was learned on
 ├── OwnershipError    a task would need, or has moved, an entry that it may not have
 ├── TrainingError     a task's training cannot go on (non-finite loss, stopped before its claim)
-└── RunError          a run folder exists already, is incomplete, or does not hold what it says
+├── RunError          a run folder exists already, is incomplete, or does not hold what it says
+└── BankError         a bank cannot be read, written or used
+    ├── BankCorruptError    its bytes are not what its manifest says, or no bank's at all
+    ├── BankConflictError   another writer was first, or two banks claim the same entries
+    └── BaseMismatchError   it was learned on another base (a BaseModelError too)
 
 Each message says where, what was found, and the way out. The first three are also
 `ValueError`, so a caller who knows nothing of this package catches them as usual.
@@ -39,3 +43,19 @@ class TrainingError(HfClError, RuntimeError):
 
 class RunError(HfClError, RuntimeError):
     """A run folder exists already, is incomplete, or does not hold what it says."""
+
+
+class BankError(HfClError, RuntimeError):
+    """A bank cannot be read, written or used."""
+
+
+class BankCorruptError(BankError):
+    """A bank's bytes are not what its manifest says, or are no bank's at all."""
+
+
+class BankConflictError(BankError):
+    """Another writer was first, or two banks claim the same entries."""
+
+
+class BaseMismatchError(BankError, BaseModelError):
+    """A bank was learned on another base than the one it is given."""

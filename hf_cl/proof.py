@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hf_cl.layers.families import FAMILIES
 from hf_cl.ownership.digest import digest
 
 TEXTS, TOKENS = 8, 16
@@ -18,6 +19,11 @@ def probe_digest(model: Any) -> str:
     """Return the sha256 of the active task's float32 logits on 8 pseudo-texts of 16 tokens, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (TEXTS, TOKENS), generator=generator)
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.pooling == "eos":  # such a model refuses texts with no or several end tokens
+        end = int(model.config.eos_token_id)
+        ids = ids.where(ids != end, (end + 1) % model.config.vocab_size)
+        ids[:, -1] = end
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -21,7 +21,8 @@ from hf_cl.layers.base import lasting
 from hf_cl.learner import ContinualLearner
 from hf_cl.recipe import Checked, data_dir
 from hf_cl.results import results
-from hf_cl.storage.run_folder import RESULTS, RunFolder, json_bytes, write_atomic
+from hf_cl.storage.disk import json_bytes, write_atomic
+from hf_cl.storage.run_folder import RESULTS, RunFolder
 from hf_cl.training.evaluation import ComputeMetrics
 from hf_cl.tuning import Progress, tune
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("methods",),
     ("runs", "results", "recipe"),
     ("learner",),
-    ("from_recipe",),
+    ("from_recipe", "bank"),
     ("tuning", "evaluate_run"),
     ("train_stream",),
     ("cli",),

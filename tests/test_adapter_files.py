@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import masked
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from masked import LABELS, NAMES, ORDERS, WEIGHTS, changed, config, finish, load, logits, move, rewritten, rows, state
+from masked import NAMES, WEIGHTS, changed, config, finish, in_every_way, load, logits, move, refuse, rewritten, state
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 from hf_cl import MaskConfig
 from hf_cl.errors import BaseModelError, HfClError, OwnershipError
@@ -21,8 +21,6 @@ from hf_cl.tuner.card import END, START
 
 pytest_plugins = ["masked"]
 ROOT = Path(__file__).parents[1]
-WAYS = [{}, {"low_cpu_mem_usage": True}, {"ignore_mismatched_sizes": True}]
-WAYS_IDS = ["plainly", "low_cpu_mem_usage", "ignore_mismatched_sizes"]
 
 
 # --- what is in the files -------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ def test_the_shared_store_is_in_no_file_and_a_committed_task_has_no_scores(saved
         assert sizes["bits"] == 4096 // 8
         assert (sizes["owned"] > 0) == trains
         assert sizes["owned"] + sizes["inherited"] <= kept
-        assert sizes["copy"] == LABELS[name] * 17 + 4 * 32
+        assert sizes["copy"] == masked.LABELS[name] * 17 + 4 * 32
 
 
 def test_the_saved_config_reads_back_as_ours_and_holds_the_scales(saved):
@@ -55,7 +53,7 @@ def test_the_saved_config_reads_back_as_ours_and_holds_the_scales(saved):
 # --- back into a model ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])
+@pytest.mark.parametrize("order", masked.ORDERS, ids=["-".join(order) for order in masked.ORDERS])
 def test_tasks_load_in_every_order_and_alone_with_the_same_logits(tiny_model, saved, order):
     folder, before = saved
     for count in range(1, 4):
@@ -64,7 +62,7 @@ def test_tasks_load_in_every_order_and_alone_with_the_same_logits(tiny_model, sa
             assert torch.equal(logits(model, name), before[name])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAYS_IDS)
+@in_every_way
 def test_a_bank_loads_whole_in_every_way_and_owns_what_it_owned(tiny_model, saved, bank, way):
     folder, before = saved
     model = load(tiny_model(), folder, *reversed(NAMES), **way)
@@ -76,7 +74,7 @@ def test_a_bank_loads_whole_in_every_way_and_owns_what_it_owned(tiny_model, save
     assert [model.peft_config[name].task_index for name in NAMES] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAYS_IDS)
+@in_every_way
 def test_float32_values_and_heads_are_not_rounded_on_a_bf16_base(tiny_model, tmp_path, way):
     def base():
         return tiny_model().to(torch.bfloat16)
@@ -165,6 +163,13 @@ def test_an_unfinished_task_without_the_tasks_it_reads_is_right_or_refused(tiny_
     assert torch.equal(found, logits(model, "pets"))
 
 
+@pytest.mark.xfail(strict=True, reason="what is loaded moves owners; only commits and deletions tell the rest")
+def test_a_task_in_its_mask_phase_goes_on_beside_a_finished_one_that_is_loaded(learning, saved):
+    learning.load_adapter(saved[0] / "shop", adapter_name="shop")
+    learning(input_ids=masked.rows(), labels=torch.arange(5)).loss.backward()
+    assert all(layer.hfcl_scores["next"].grad.any() for layer in learning.base_model.mask_layers())
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_a_finished_task_that_was_loaded_requires_no_gradient_either(tiny_model, saved, is_trainable):
     model = load(tiny_model(), saved[0], "news", "pets", is_trainable=is_trainable)
@@ -178,61 +183,25 @@ def test_a_finished_task_that_was_loaded_requires_no_gradient_either(tiny_model,
 # --- refused, and nothing stays behind ------------------------------------------------------------------------
 
 
-QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query."
-HEAD = "base_model.model.classifier.hfcl_copy."
-DAMAGES = {
-    "a tensor is missing": lambda tensors: tensors.pop(QUERY + "hfcl_inherited"),
-    "a tensor too many": lambda tensors: tensors.update({QUERY + "hfcl_extra": torch.zeros(1)}),
-    "a tensor of the base": lambda tensors: tensors.update({QUERY + "base_layer.weight": torch.zeros(16, 16)}),
-    "values are cut short": lambda tensors: tensors.update({QUERY + "hfcl_owned": tensors[QUERY + "hfcl_owned"][:-1]}),
-    "bits are cut short": lambda tensors: tensors.update({QUERY + "hfcl_bits": tensors[QUERY + "hfcl_bits"][:-1]}),
-    "scores came back": lambda tensors: tensors.update({QUERY + "hfcl_scores": torch.zeros(16, 16)}),
-    "another head": lambda tensors: tensors.update(
-        {HEAD + "weight": torch.zeros(5, 16), HEAD + "bias": torch.zeros(5)}
-    ),
-    "another bank": lambda tensors: tensors.update({QUERY + "hfcl_owned": tensors[QUERY + "hfcl_owned"] + 1}),
-}
-
-
-@pytest.fixture
-def learning(tiny_model, saved):
-    """A model with a finished task, `pets`, which reads values of others, and one that trains, `next`."""
-    model = load(tiny_model(), saved[0], "pets")
-    model.add_adapter("next", config(num_labels=5, trains="claimed", train_norms=True, task_index=7))
-    model.set_adapter("next")
-    move(model, "next")
-    return model.train()
-
-
-def refuse(model, folder, name="shop", error=HfClError, **way):
-    before = state(model)
-    with pytest.raises(error) as raised:
-        model.load_adapter(folder, adapter_name=name, **way)
-    assert changed(before, state(model)) == []
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("way", WAYS, ids=WAYS_IDS)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_refused_and_the_other_tasks_do_not_notice(learning, saved, tmp_path, damage, way):
+@in_every_way
+@pytest.mark.parametrize("damage", masked.DAMAGES)
+def test_a_damaged_file_is_refused_and_the_other_tasks_do_not_notice(learning, saved, damaged, damage, way):
     folder, before = saved
     # The store knows of shop's own values through pets alone, so that another bank's are seen.
     source = "news" if damage == "another bank" else "shop"
-    message = refuse(learning, rewritten(folder / source, tmp_path / "bad", DAMAGES[damage]), source, **way)
+    message = refuse(learning, damaged(source, damage), source, **way)
     assert source in message
     learning.load_adapter(folder / source, adapter_name=source, **way)
     assert torch.equal(logits(learning, source), before[source])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAYS_IDS)
-@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "another bank"])
-def test_a_damaged_file_on_a_base_leaves_the_base_unwrapped(tiny_model, saved, tmp_path, damage, way):
+@in_every_way
+@pytest.mark.parametrize("damage", [name for name in masked.DAMAGES if name != "another bank"])
+def test_a_damaged_file_on_a_base_leaves_the_base_unwrapped(tiny_model, saved, damaged, damage, way):
     base = tiny_model()
     before = {"names": [name for name, _ in base.named_modules()], "config": base.config.to_dict()}
     with pytest.raises(OwnershipError, match="'news'"):
-        PeftModel.from_pretrained(
-            base, rewritten(saved[0] / "news", tmp_path / "bad", DAMAGES[damage]), adapter_name="news", **way
-        )
+        PeftModel.from_pretrained(base, damaged("news", damage), adapter_name="news", **way)
     assert {"names": [name for name, _ in base.named_modules()], "config": base.config.to_dict()} == before
     assert not hasattr(base, "peft_config")
     assert torch.equal(logits(base), logits(tiny_model()))
@@ -240,17 +209,17 @@ def test_a_damaged_file_on_a_base_leaves_the_base_unwrapped(tiny_model, saved, t
 
 
 @pytest.mark.xfail(strict=True, reason="the base stays frozen: what inject_adapter changed is not put back")
-def test_a_damaged_file_on_a_base_leaves_the_base_trainable(tiny_model, saved, tmp_path):
+def test_a_damaged_file_on_a_base_leaves_the_base_trainable(tiny_model, damaged):
     base = tiny_model()
     with pytest.raises(OwnershipError):
-        load(base, rewritten(saved[0] / "news", tmp_path / "news", DAMAGES["another head"]).parent, "news")
+        load(base, damaged("news", "another head").parent, "news")
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 @pytest.mark.xfail(strict=True, reason="_prepare_model counts on before the file is checked")
-def test_a_refused_file_uses_up_no_number(tiny_model, saved, tmp_path):
+def test_a_refused_file_uses_up_no_number(tiny_model, saved, damaged):
     model = load(tiny_model(), saved[0], "news")
-    refuse(model, rewritten(saved[0] / "shop", tmp_path / "bad", DAMAGES["another head"]))
+    refuse(model, damaged("shop", "another head"))
     model.add_adapter("next", config(train_norms=True))
     assert model.peft_config["next"].task_index == 1
 
@@ -299,7 +268,7 @@ def test_the_file_of_another_task_with_as_many_labels_is_refused_too(tiny_model,
 
 
 @pytest.mark.xfail(strict=True, reason="the dtypes of a file's tensors are not checked")
-@pytest.mark.parametrize("way", WAYS[:2], ids=WAYS_IDS[:2])
+@in_every_way
 def test_a_file_whose_values_were_cast_is_refused(tiny_model, saved, tmp_path, way):
     def halve(tensors):
         tensors.update({key: tensor.half() for key, tensor in tensors.items() if tensor.is_floating_point()})
@@ -310,7 +279,7 @@ def test_a_file_whose_values_were_cast_is_refused(tiny_model, saved, tmp_path, w
 
 
 @pytest.mark.parametrize("phase", ["mask", "weight", "committed"])
-def test_a_failed_load_into_a_task_that_has_been_trained_does_not_remove_it(one, saved, tmp_path, phase):
+def test_a_failed_load_into_a_task_that_has_been_trained_does_not_remove_it(one, damaged, phase):
     model = one(trains="claimed", train_norms=True)
     move(model, "news")
     if phase != "mask":
@@ -318,21 +287,21 @@ def test_a_failed_load_into_a_task_that_has_been_trained_does_not_remove_it(one,
         move(model, "news")
     if phase == "committed":
         model.base_model.commit("news")
-    refuse(model, rewritten(saved[0] / "news", tmp_path / "bad", DAMAGES["another head"]), "news", OwnershipError)
+    refuse(model, damaged("news", "another head"), "news", OwnershipError)
 
 
 @pytest.mark.xfail(strict=True, reason="whether an adapter is as it was added is read off its scores alone")
-def test_a_failed_load_into_a_task_whose_head_alone_was_trained_does_not_remove_it(learning, saved, tmp_path):
+def test_a_failed_load_into_a_task_whose_head_alone_was_trained_does_not_remove_it(learning, damaged):
     learning.add_adapter("news", config(train_norms=True, task_index=0))
     with torch.no_grad():
         learning.base_model.own_tensors("news")["classifier.weight"].add_(1)
-    refuse(learning, rewritten(saved[0] / "news", tmp_path / "bad", DAMAGES["another head"]), "news", OwnershipError)
+    refuse(learning, damaged("news", "another head"), "news", OwnershipError)
 
 
 @pytest.mark.xfail(strict=True, reason="an adapter that the user added is taken for one that this load added")
-def test_a_failed_load_into_an_adapter_that_the_user_added_does_not_remove_it(one, saved, tmp_path):
+def test_a_failed_load_into_an_adapter_that_the_user_added_does_not_remove_it(one, damaged):
     model = one(train_norms=True)
-    refuse(model, rewritten(saved[0] / "news", tmp_path / "bad", DAMAGES["another head"]), "news", OwnershipError)
+    refuse(model, damaged("news", "another head"), "news", OwnershipError)
 
 
 @pytest.mark.parametrize("order", [("news", "shop"), ("shop", "news")], ids="-".join)
@@ -354,7 +323,7 @@ def test_a_stale_file_of_a_retrained_task_is_refused(tiny_model, saved, one, tmp
 # --- another base ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAYS_IDS)
+@in_every_way
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -392,52 +361,12 @@ def test_a_bank_without_a_fingerprint_loads_on_another_base_with_its_own_scales(
 
 def test_transformers_own_loading_of_adapters_is_a_clear_error(tiny_model, saved):
     base = tiny_model()
-    with pytest.raises(ValueError, match="shared state stored on the tuner. Please use `get_peft_model` instead"):
+    with pytest.raises(ValueError, match="shared state stored on the tuner"):
         base.load_adapter(str(saved[0] / "news"), adapter_name="news")
     assert torch.equal(logits(base), logits(tiny_model()))
 
 
 # --- the card -------------------------------------------------------------------------------------------------
-
-
-CHILD = """
-import contextlib, json, re, sys
-import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-assert "hf_cl" not in sys.modules
-base, folder, ids = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
-found = []
-try:
-    PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder + "/pets")
-except KeyError as error:
-    found.append(str(error))
-for card, place in (("README.md", folder), ("pets/README.md", folder + "/pets")):
-    for block in re.findall(r"^```python\\n(.*?)^```$", open(f"{folder}/{card}").read(), re.M | re.S):
-        names = {}
-        exec(block.replace("THIS_REPOSITORY", place), names)
-        with torch.no_grad():
-            found.append(names["model"].eval()(input_ids=ids).logits.tolist())
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture
-def named(tiny_model, tmp_path):
-    """Make a bank on a saved base, its labels hard on Markdown."""
-
-    def make(name="pets", base=None):
-        tiny_model().save_pretrained(tmp_path / "base")
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-        loaded.name_or_path = loaded.config._name_or_path = base or str(tmp_path / "base")
-        model = get_peft_model(loaded, config(num_labels=None, id2label={0: "a\n\n---\nb", 1: "`c", 2: "```"}), "news")
-        finish(model, "news")
-        model.add_adapter(name, config(num_labels=2))
-        finish(model, name)
-        return model
-
-    return make
 
 
 def blocks(card):
@@ -447,12 +376,12 @@ def blocks(card):
 def test_without_the_import_loading_is_a_bare_key_error_and_the_cards_own_code_gives_equal_logits(named, tmp_path):
     model = named()
     model.save_pretrained(tmp_path / "bank")
-    ids = rows(2).tolist()
-    arguments = [sys.executable, "-c", CHILD, tmp_path / "base", tmp_path / "bank", json.dumps(ids)]
+    ids = masked.rows(2).tolist()
+    arguments = [sys.executable, "-c", masked.CHILD, tmp_path / "base", tmp_path / "bank", json.dumps(ids)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     error, *found = json.loads(done.stdout)
-    assert error == "<PeftType.HFCL: 'HFCL'>" or error == "'HFCL'"
+    assert error == "'HFCL'"
     expected = []
     for name in ("news", "pets", "pets"):
         model.set_adapter(name)

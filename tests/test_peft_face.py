@@ -1,14 +1,10 @@
 """The masked adapter behind PEFT's verbs: one adapter after the other, merged ones, mixed batches, what PEFT tells."""
 
 import copy
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers.utils.hub
-from huggingface_hub import ModelCard
-from masked import LABELS, NAMES, WEIGHTS, changed, config, finish, load, logits, move, rows, state
+from masked import LABELS, NAMES, WEIGHTS, changed, config, finish, load, logits, mixed, move, rows, state
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, Trainer
 
@@ -16,13 +12,6 @@ from hf_cl import OwnershipCallback
 from hf_cl.errors import ConfigError, OwnershipError
 
 pytest_plugins = ["masked"]
-
-
-def mixed(model, names, **inputs):
-    """The logits of a batch whose rows belong to these adapters."""
-    ids = rows(len(names))
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **inputs).logits
 
 
 # --- one adapter after the other ------------------------------------------------------------------------------
@@ -443,21 +432,6 @@ def test_selected_adapters_are_saved_alone(tiny_model, bank, tmp_path):
     bank.save_pretrained(tmp_path, selected_adapters=["pets"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "pets"]
     assert torch.equal(logits(load(tiny_model(), tmp_path, "pets")), logits(bank, "pets"))
-
-
-@pytest.fixture
-def pushed(monkeypatch):
-    """What a push to the Hub would upload, by its place in the repository."""
-    files = {}
-
-    def create_commit(operations, **_):
-        files.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
-
-    api = SimpleNamespace(create_repo=lambda repo, **_: SimpleNamespace(repo_id=repo), create_commit=create_commit)
-    new = ModelCard("---\nlibrary_name: transformers\n---\n\n[More Information Needed]\n")
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: api)
-    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: new)
-    return files
 
 
 def test_a_pushed_bank_is_cards_configs_and_safetensors_and_no_more(bank, pushed):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hf_cl.errors import RunError
-from hf_cl.storage.run_folder import RunFolder, json_bytes, write_atomic
+from hf_cl.storage.disk import json_bytes, write_atomic
+from hf_cl.storage.run_folder import RunFolder
 
 HEADER = {"model": "tiny", "fingerprint": "f", "method": {"name": "supsup"}, "seed": 0, "max_length": 8}
 Usage = namedtuple("Usage", "total used free")

@@ -14,10 +14,8 @@ process ends. Files that `run.json` does not name are leftovers and go with the 
 Source: shared-nothing atomic replacement, rename(2) and fsync(2).
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -30,6 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hf_cl.errors import RunError
+from hf_cl.storage.disk import json_bytes, write_atomic
 
 FORMAT = 1
 MANIFEST = "run.json"
@@ -239,28 +238,3 @@ def _blob(blobs: dict[str, bytes], stem: str, tensors: Mapping[str, Tensor]) -> 
     name = f"{stem}-{sha[:12]}.safetensors"
     blobs[name] = data
     return {"file": name, "sha256": sha, "bytes": len(data)}
-
-
-def json_bytes(value: Any) -> bytes:
-    """Return a JSON value as indented UTF-8 with a last newline; NaN is refused."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,6 +31,15 @@ def adapter_of(index: int) -> str:
     return f"task{index}"
 
 
+def digests(tuner: MaskModel, adapter: str) -> dict[str, str]:
+    """Return the digests of what a finished task's forward reads: base, masks, values, owners, and head with norms."""
+    found: dict[str, list[tuple[str, torch.Tensor]]] = {"masks": [], "values": [], "owners": [], "head": []}
+    for name, tensor in tuner.task_tensors(adapter):
+        kind = {"mask": "masks"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
+        found[kind if kind in ("masks", "values", "owners") else "head"].append((name, tensor))
+    return {"base": tuner.base_digest()} | {part: digest(tensors) for part, tensors in found.items()}
+
+
 def drop_adapter(model: PeftModel | None, adapter: str) -> PeftModel | None:
     """Return the model without an unfinished adapter, also one that was only half added; None where none is left."""
     if model is None:
@@ -139,18 +148,7 @@ class MaskedMethod(Method):
 
     def parts(self, index: int) -> dict[str, str]:
         """Return digests of base, masks, values, owners, and head with norms."""
-        found: dict[str, list[tuple[str, torch.Tensor]]] = {
-            "masks": [],
-            "values": [],
-            "owners": [],
-            "head": [],
-        }
-        for name, tensor in self.tuner.task_tensors(adapter_of(index)):
-            kind = name.rpartition(".")[2]
-            found[{"mask": "masks"}.get(kind, kind) if kind in ("mask", "values", "owners") else "head"].append(
-                (name, tensor)
-            )
-        return {"base": self.tuner.base_digest()} | {part: digest(tensors) for part, tensors in found.items()}
+        return digests(self.tuner, adapter_of(index))
 
     def facts(self, index: int) -> dict[str, Any]:
         """Return density, overlap, trainable share, cells claimed (SSNet: trained), capacity, and KKT's choice."""

@@ -32,7 +32,7 @@ from hf_cl.masks.bits import pack, unpack
 from hf_cl.masks.compose import layer_scale
 from hf_cl.masks.select import kept_count, topk_mask
 from hf_cl.ownership.digest import digest
-from hf_cl.ownership.owner import FREE, claim
+from hf_cl.ownership.owner import FOREIGN, FREE, claim
 from hf_cl.tuner.arrival import install_arrived, make_room
 from hf_cl.tuner.config import MaskConfig
 
@@ -194,18 +194,25 @@ class LayerTasks(nn.Module, BaseTunerLayer):
             self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
         self._finish(adapter, mask, own, trained is not None)
 
-    def install(self, adapter: str, mask: Tensor, values: Tensor | None) -> None:
+    def lend(self, own: Tensor, values: Tensor) -> None:
+        """Put the trained values of a task that is not loaded into the store, for those that read them."""
+        where = own.view(-1).nonzero().squeeze(1)
+        self.store.values.view(-1)[where] = values
+        self.store.owner.view(-1)[where] = FOREIGN
+
+    def install(self, adapter: str, mask: Tensor, values: Tensor | None, own: Tensor | None = None) -> None:
         """Put a finished task in place from its mask and the trained values of its own entries.
 
         Args:
             adapter: An added adapter.
             mask: bool, of the weight's shape.
             values: float32, the claimed entries' values in storage order, or None where none were trained.
+            own: bool, which entries it claims; None is all free ones of its mask.
 
         Raises:
             OwnershipError: The number of values is not that of the entries the task claims.
         """
-        own = mask & (self.store.owner == FREE)
+        own = mask & (self.store.owner == FREE) if own is None else own
         where = own.view(-1).nonzero().squeeze(1)
         if values is not None:
             if values.shape[0] != where.shape[0]:
@@ -215,7 +222,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
                 )
             self.store.values.view(-1)[where] = values.to(self.store.values.device)
         self.hfcl_bits[adapter] = pack(mask)
-        self.store.owner = claim(self.store.owner, mask, int(self.configs[adapter].task_index or 0))
+        self.store.owner = claim(self.store.owner, own, int(self.configs[adapter].task_index or 0))
         self._finish(adapter, mask, own, values is not None)
 
     def _finish(self, adapter: str, mask: Tensor, own: Tensor, trained: bool) -> None:

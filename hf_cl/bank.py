@@ -1,0 +1,443 @@
+"""`MaskBank`: what a finished stream knows, as one thing to keep, verify, share and serve.
+
+Opening a bank reads its manifest only; attaching a task reads that task's file and those of the tasks whose trained
+values it uses. A bank is never changed in place: learning on, or dropping a task, gives a new one.
+"""
+
+import itertools
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from hf_cl.errors import BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
+from hf_cl.learner import ContinualLearner
+from hf_cl.masks.coding import decode, encode
+from hf_cl.masks.select import kept_count
+from hf_cl.ownership.owner import FREE
+from hf_cl.proof import probe_digest
+from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
+from hf_cl.storage.manifest import BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
+from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests
+from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
+
+
+class MaskBank:
+    """The tasks of one stream: masks, owned values, heads, labels, proof.
+
+    Example:
+        >>> # bank = MaskBank.from_learner(learner); bank.save_pretrained("bank")
+        >>> # model = MaskBank.from_pretrained("bank").attach(base_model)
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, folder: Path | None = None, blobs: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Hold a manifest and where its files are; use `from_pretrained` or `from_learner`."""
+        self.manifest, self.folder, self._blobs = manifest, folder, dict(blobs or {})
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that pins this bank."""
+        return self.manifest.digest
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of its tasks, in the order they were learned."""
+        return [task.name for task in self.manifest.tasks]
+
+    # --- out of a learner, to and from a folder ----------------------------------------------------
+
+    @classmethod
+    def from_learner(cls, learner: ContinualLearner, *, base_id: str | None = None) -> "MaskBank":
+        """Return the bank of what a learner has learned.
+
+        Args:
+            learner: Has learned at least one task by a masked method that never overwrites (`supsup`, `exssnet`).
+            base_id: Hub id of the base, where the learner knows only a local folder; no path is ever written.
+
+        Raises:
+            BankError: The learner's method writes no bank, or nothing was learned.
+        """
+        method = learner.method
+        if not isinstance(method, MaskedMethod) or method.config.trains == "mask" or not learner.records:
+            raise BankError(
+                f"{learner.method_name}: gives no bank. A bank holds tasks of a masked method that never overwrites "
+                f"(supsup, exssnet, a MaskConfig), at least one; other methods keep their run folder."
+            )
+        blobs: dict[str, bytes] = {}
+        tasks = []
+        for index, record in enumerate(learner.records):
+            tensors, sizes = _stored(method, index)
+            entry, data = task_blob(index, tensors)
+            blobs[entry.name] = data
+            tasks.append(_task_entry(method, index, record, learner, entry, sizes))
+        manifest = Manifest(
+            generation=0,
+            base=_base_entry(learner, base_id),
+            store=_store_entry(method.tuner),
+            tasks=tasks,
+            next_index=len(tasks),
+            environment=_environment(),
+        )
+        return cls(manifest, blobs=blobs)
+
+    @classmethod
+    def from_pretrained(cls, path: "str | Path", *, expected_digest: str | None = None) -> "MaskBank":
+        """Open a bank's folder; only its manifest is read.
+
+        Args:
+            path: The folder.
+            expected_digest: What its `digest` must be: pins the content, whoever wrote it.
+
+        Raises:
+            BankCorruptError: It is no bank, or its manifest is damaged.
+            BankError: Its digest is not the expected one.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if expected_digest is not None and manifest.digest != expected_digest:
+            raise BankError(f"{folder}: its digest is {manifest.digest}, expected {expected_digest}. Do not use it.")
+        return cls(manifest, folder=folder)
+
+    def save_pretrained(self, path: "str | Path") -> Path:
+        """Write the bank into a folder, whole or not at all; saving into its own folder again is fine.
+
+        Raises:
+            BankConflictError: The folder holds another bank.
+        """
+        folder = Path(path)
+        here = self.folder is not None and folder.resolve() == self.folder.resolve()
+        held = read_manifest(folder).digest if (folder / "bank.json").exists() else None
+        expected = held if here or held == self.digest else None
+        write_bank(folder, self.manifest, self._bytes, expected=expected)
+        self.folder = folder
+        return folder
+
+    def _bytes(self, entry: FileEntry) -> bytes:
+        if entry.name in self._blobs:
+            return self._blobs[entry.name]
+        if self.folder is None:
+            raise BankError(f"{entry.name}: this bank has neither the file nor a folder to read it from.")
+        return read_file(self.folder / entry.name, entry.bytes)
+
+    def _tensors(self, task: TaskEntry) -> dict[str, Tensor]:
+        return tensors_of(task.file, self._bytes(task.file), f"task {task.name!r} ({task.file.name})")
+
+    # --- onto a base -------------------------------------------------------------------------------
+
+    def attach(self, base: Any, tasks: Sequence[str] | None = None) -> PeftModel:
+        """Wrap a base with tasks of this bank; the first one is active.
+
+        Args:
+            base: The plain sequence classifier the bank was learned on; it is wrapped in place.
+            tasks: Their names; None is all. With fewer than all the model answers, and is not for learning on.
+
+        Raises:
+            BaseMismatchError: It is another base.
+            BankCorruptError: A file is not what the manifest says, or does not fit the base.
+            ConfigError: The bank has no such task.
+        """
+        entries = [self._entry(name) for name in (self.tasks if tasks is None else tasks)]
+        if not entries:
+            raise ConfigError("tasks: none named. Name at least one of " + ", ".join(self.tasks) + ".")
+        entries.sort(key=lambda entry: entry.index)
+        attached = {entry.index for entry in entries}
+        needed = sorted({other for entry in entries for other in entry.inherits} - attached)
+        foreign = [_Opened(self._by_index(index), self._tensors(self._by_index(index))) for index in needed]
+        model: PeftModel | None = None
+        try:
+            for entry in entries:
+                adapter = adapter_of(entry.index)
+                if model is None:
+                    model = get_peft_model(base, self._config(entry), adapter_name=adapter)
+                    self._require_base(_tuner(model))
+                    for opened in foreign:
+                        _lend(_tuner(model), opened)
+                else:
+                    model.add_adapter(adapter, self._config(entry))
+                _place(_tuner(model), _Opened(entry, self._tensors(entry)), whole=tasks is None)
+        except BaseException:
+            if model is not None:
+                model.unload()
+            raise
+        assert model is not None
+        model.eval()
+        self.activate(model, entries[0].name)
+        return model
+
+    def activate(self, model: PeftModel, task: str) -> None:
+        """Make a task the one that an attached model answers.
+
+        Raises:
+            ConfigError: The bank has no such task, or it is not attached.
+        """
+        adapter = adapter_of(self._entry(task).index)
+        if adapter not in model.peft_config:
+            raise ConfigError(f"task {task!r} is not attached to this model. Name it in attach(base, tasks=[...]).")
+        _tuner(model).set_adapter(adapter, inference_mode=True)
+
+    def verify(self, base: Any) -> list[dict[str, Any]]:
+        """Return, for each task, the digests at its commit and now, what moved, and whether its probe agrees.
+
+        Args:
+            base: The plain base; it is wrapped meanwhile, and unwrapped again.
+        """
+        model = self.attach(base)
+        tuner, found = _tuner(model), []
+        try:
+            for entry in self.manifest.tasks:
+                self.activate(model, entry.name)
+                parts = digests(tuner, adapter_of(entry.index))
+                moved = sorted(part for part in {*parts, *entry.parts} if parts.get(part) != entry.parts.get(part))
+                same = probe_digest(model) == entry.probe
+                found.append({"name": entry.name, "moved": moved, "same_logits": same})
+        finally:
+            model.unload()
+        return found
+
+    def _entry(self, name: str) -> TaskEntry:
+        if name not in self.tasks:
+            raise ConfigError(f"task {name!r}: this bank holds {', '.join(self.tasks)}.")
+        return self.manifest.task(name)
+
+    def _by_index(self, index: int) -> TaskEntry:
+        for entry in self.manifest.tasks:
+            if entry.index == index:
+                return entry
+        raise BankCorruptError(f"task {index}: is inherited from, and not in the bank. Restore a whole copy.")
+
+    def _config(self, entry: TaskEntry) -> MaskConfig:
+        store = self.manifest.store
+        return MaskConfig(
+            task_type="SEQ_CLS",
+            density=entry.density,
+            trains=entry.trains,
+            values_dtype=entry.values_dtype,
+            id2label=dict(enumerate(entry.labels)),
+            problem_type=entry.problem_type,
+            head="own" if entry.head_of is None else "shared",
+            head_of=entry.head_of,
+            task_index=entry.index,
+            compose=store.compose,
+            seed=store.seed,
+            scale=store.scale,
+            scales=dict(store.scales),
+            target_modules=list(store.targets),
+            head_modules=list(store.head),
+            train_norms=store.train_norms,
+        )
+
+    def _require_base(self, tuner: MaskModel) -> None:
+        held, given = self.manifest.base, tuner.fingerprint()
+        if held.fingerprint != given:
+            raise BaseMismatchError(
+                f"this bank was learned on {held.id or 'a base'} in {held.dtype} with fingerprint "
+                f"{held.fingerprint[:16]}, the base given has {given[:16]} ({next(tuner.model.parameters()).dtype}). "
+                f"Load that model, in the same revision and dtype."
+            )
+        paths = {layer.path for layer in tuner.mask_layers()}
+        if paths != set(self.manifest.store.scales):
+            raise BaseMismatchError("this bank masks other layers than the base has. Load the model it was learned on.")
+
+
+class _Opened:
+    """A task's file, taken apart."""
+
+    def __init__(self, entry: TaskEntry, tensors: dict[str, Tensor]) -> None:
+        self.entry = entry
+        must = {"masks", "mask_lengths"}
+        must |= {"values", "owned", "owned_lengths"} if entry.trains == "claimed" else set()
+        lacking = sorted(must - set(tensors))
+        if lacking:
+            raise self.corrupt(f"its file lacks {', '.join(lacking)}")
+        self._masks = self._cut(tensors.pop("masks"), tensors.pop("mask_lengths"))
+        self._owned, self._values = None, torch.empty(0)
+        if entry.trains == "claimed":
+            self._owned = self._cut(tensors.pop("owned"), tensors.pop("owned_lengths"))
+            self._values = tensors.pop("values").float()
+        self.head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
+        extra = sorted(set(tensors) - {KKT_MEAN})
+        if extra:
+            raise self.corrupt(f"its file brings {', '.join(extra[:3])}, which no task has")
+
+    def corrupt(self, what: str) -> BankCorruptError:
+        """Return the error that names this task and its file."""
+        return BankCorruptError(f"task {self.entry.name!r} ({self.entry.file.name}): {what}. Fetch the bank again.")
+
+    def _cut(self, codes: Tensor, lengths: Tensor) -> list[bytes]:
+        data, sizes = codes.numpy().tobytes(), lengths.tolist()
+        if codes.dtype != torch.uint8 or lengths.ndim != 1 or min(sizes, default=0) < 0 or sum(sizes) != len(data):
+            raise self.corrupt(f"{len(data):,} bytes of codes in parts of {sum(sizes):,}")
+        edges = np.cumsum([0, *sizes]).tolist()
+        return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+    def layers(self, layers: Sequence[MaskLinear]) -> Iterator[tuple[MaskLinear, Tensor, Tensor | None, Tensor]]:
+        """Yield, for each layer: its mask, which of all entries the task owns and trained (or None), their values."""
+        if len(self._masks) != len(layers) or (self._owned is not None and len(self._owned) != len(layers)):
+            raise self.corrupt(f"masks of {len(self._masks)} layers for a base with {len(layers)}")
+        used = 0
+        for place, layer in enumerate(layers):
+            shape, device = layer.base_layer.weight.shape, layer.store.owner.device
+            mask, own = self._decode(self._masks[place], shape.numel()).view(shape), None
+            kept, most = int(mask.count_nonzero()), kept_count(shape.numel(), self.entry.density)
+            if kept > most:
+                raise self.corrupt(f"{layer.path} keeps {kept:,} entries, density {self.entry.density} means {most:,}")
+            size = 0
+            if self._owned is not None:
+                own = torch.zeros(shape, dtype=torch.bool)
+                own[mask] = self._decode(self._owned[place], kept)
+                size = int(own.count_nonzero())
+            values = self._values[used : used + size]
+            if values.shape[0] != size:
+                raise self.corrupt(f"{self._values.shape[0]:,} values end within {layer.path}")
+            used += size
+            yield layer, mask.to(device), None if own is None else own.to(device), values.to(device)
+        if used != self._values.shape[0]:
+            raise self.corrupt(f"{self._values.shape[0]:,} values for {used:,} entries")
+
+    def _decode(self, code: bytes, size: int) -> Tensor:
+        try:
+            return torch.from_numpy(decode(code, size))
+        except HfClError as error:
+            raise self.corrupt(str(error)) from error
+
+
+def _lend(tuner: MaskModel, opened: _Opened) -> None:
+    """Put the trained values of a task that is not attached where attached ones read them."""
+    for layer, _, own, values in opened.layers(tuner.mask_layers()):
+        if own is not None:
+            layer.lend(own, values)
+
+
+def _place(tuner: MaskModel, opened: _Opened, *, whole: bool) -> None:
+    """Put a task into its adapter: masks, values, owners, head."""
+    entry = opened.entry
+    adapter = adapter_of(entry.index)
+    for layer, mask, own, values in opened.layers(tuner.mask_layers()):
+        free = mask & (layer.store.owner == FREE)
+        if whole and own is not None and not torch.equal(own, free):
+            raise opened.corrupt(f"{layer.path}: it claims entries that an earlier task owns, or leaves free ones")
+        layer.install(adapter, mask, values if own is not None else None, own)
+    held = {f"head.{name}": tensor for name, tensor in tuner.own_tensors(adapter).items()}
+    wrong = [name for name in {*held, *opened.head} if name not in held or name not in opened.head]
+    wrong += [name for name in held if name in opened.head and held[name].shape != opened.head[name].shape]
+    if wrong:
+        raise opened.corrupt(f"its head differs from that of its labels in {', '.join(sorted(wrong)[:3])}")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(opened.head[name])
+    tuner.finish(adapter)
+
+
+def _tuner(model: PeftModel) -> MaskModel:
+    tuner: Any = model.base_model
+    return tuner
+
+
+# --- what is stored of a task -------------------------------------------------------------------------
+
+
+def _stored(method: MaskedMethod, index: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a task's tensors, and the bytes of its masks, values and head."""
+    adapter, layers = adapter_of(index), method.tuner.mask_layers()
+    masks, tensors = [encode(layer.mask(adapter).cpu().numpy()) for layer in layers], {}
+    tensors["masks"], tensors["mask_lengths"] = _joined(masks)
+    if method.config.trains == "claimed":
+        owned = [encode(layer.own(adapter).cpu().numpy()) for layer in layers]
+        tensors["owned"], tensors["owned_lengths"] = _joined(owned)
+        values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
+        tensors["values"] = values.to(getattr(torch, method.config.values_dtype)).cpu()
+    mask_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name != "values")
+    head = {f"head.{name}": tensor.detach().cpu() for name, tensor in method.tuner.own_tensors(adapter).items()}
+    if method.kkt is not None and index in method.kkt.means:
+        head[KKT_MEAN] = method.kkt.means[index]
+    sizes = {"masks": mask_bytes, "values": tensors["values"].nbytes if "values" in tensors else 0}
+    return tensors | head, sizes | {"head": sum(tensor.nbytes for tensor in head.values())}
+
+
+def _joined(codes: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
+    return joined, torch.tensor([len(code) for code in codes], dtype=torch.int32)
+
+
+def _inherits(method: MaskedMethod, index: int) -> list[int]:
+    """Return the numbers of the tasks whose trained values a task reads."""
+    adapter, found = adapter_of(index), set()
+    for layer in method.tuner.mask_layers():
+        found |= set(layer.store.owner[layer.mask(adapter)].unique().tolist())
+    others = {int(owner) for owner in found} - {index}
+    layers = method.tuner.mask_layers()
+    return sorted(other for other in others if any(_trained(layer, adapter_of(other)) for layer in layers))
+
+
+def _trained(layer: MaskLinear, adapter: str) -> bool:
+    return bool(layer.hfcl_owned[adapter].numel())
+
+
+def _task_entry(
+    method: MaskedMethod,
+    index: int,
+    record: Mapping[str, Any],
+    learner: ContinualLearner,
+    file: FileEntry,
+    sizes: dict[str, int],
+) -> TaskEntry:
+    config = method.tuner.peft_config[adapter_of(index)]
+    metrics = record["metrics"].get(record["name"], {})
+    return TaskEntry(
+        index=index,
+        name=record["name"],
+        labels=list(record["labels"]),
+        problem_type=config.problem,
+        density=float(config.density),
+        values_dtype=config.values_dtype,
+        trains=config.trains,
+        head_of=config.head_of,
+        inherits=_inherits(method, index),
+        parts=dict(record["parts"]),
+        probe=record["probe"],
+        source=record["source"],
+        method={"name": learner.method_name, "options": learner.options},
+        start=record["facts"].get("kkt"),
+        metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
+        sizes=sizes,
+        file=file,
+    )
+
+
+def _store_entry(tuner: MaskModel) -> StoreEntry:
+    config = tuner.mask_config
+    return StoreEntry(
+        compose=config.compose,
+        seed=config.seed,
+        scale=float(config.scale),
+        scales=dict(config.scales or {}),
+        targets=list(config.target_modules or ()),
+        head=list(config.head_modules or ()),
+        train_norms=config.train_norms,
+    )
+
+
+def _base_entry(learner: ContinualLearner, base_id: str | None) -> BaseEntry:
+    name = base_id or learner.base.name
+    config = learner.base.model.config
+    return BaseEntry(
+        id=None if Path(name).is_absolute() else name,
+        revision=getattr(config, "_commit_hash", None),
+        dtype=str(next(learner.base.model.parameters()).dtype).removeprefix("torch."),
+        fingerprint=learner.method.fingerprint,
+        tokenizer=None,
+    )
+
+
+def _environment() -> dict[str, str]:
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {**versions, "python": platform.python_version(), "machine": platform.machine()}

@@ -1,0 +1,233 @@
+"""`bank.json`: what a bank says of itself, as strict JSON in one canonical form.
+
+The manifest names every other file by content and carries the sha256 of its own bytes, so one digest pins a whole
+bank. Reading trusts nothing: the bytes must be the canonical form, every key and type is checked, names are data
+and never become paths. The format is written down in docs/bank-format.md.
+"""
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hf_cl.errors import BankCorruptError
+from hf_cl.layers.heads import PROBLEMS
+from hf_cl.masks.compose import COMPOSES
+from hf_cl.ownership.owner import MOST_TASKS
+
+FORMAT, VERSION = "hf_cl-bank", 1
+MANIFEST = "bank.json"
+MOST_BYTES = 16 * 1024 * 1024
+"""Of a manifest; a bank of a thousand tasks stays below a tenth of it."""
+FILE = re.compile(r"task-\d{5}-[0-9a-f]{16}\.safetensors")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(rb'^\{"digest":"([0-9a-f]{64})",')
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: its name (derived from index and digest), its sha256 and its size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base: Hub id (or None), revision (or None), dtype, sha256 of its tensors and of its tokenizer (or None)."""
+
+    id: str | None
+    revision: str | None
+    dtype: str
+    fingerprint: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """What is fixed for a bank's life: the form, the seed, each layer's magnitude, targets, head layers, norms."""
+
+    compose: str
+    seed: int
+    scale: float
+    scales: dict[str, float]
+    targets: list[str]
+    head: list[str]
+    train_norms: bool
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One finished task.
+
+    `parts` are the digests taken at its commit, `probe` that of its probe logits; `inherits` are the numbers of the
+    tasks whose trained values it reads; `sizes` are bytes of masks, values and head. `source` (a Hub id, `local:` or
+    `memory:` with a name, never a path), `method`, `start` and `metrics` are provenance.
+    """
+
+    index: int
+    name: str
+    labels: list[str]
+    problem_type: str
+    density: float
+    values_dtype: str
+    trains: str
+    head_of: int | None
+    inherits: list[int]
+    parts: dict[str, str]
+    probe: str
+    source: str
+    method: dict[str, Any]
+    start: dict[str, Any] | None
+    metrics: dict[str, Any]
+    sizes: dict[str, int]
+    file: FileEntry
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of `bank.json` but format, version and digest."""
+
+    generation: int
+    base: BaseEntry
+    store: StoreEntry
+    tasks: list[TaskEntry]
+    next_index: int
+    environment: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical form: sorted keys, no spaces, ASCII, the digest first."""
+        body = _canonical({"format": FORMAT, "version": VERSION, **asdict(self)})
+        return b'{"digest":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = MANIFEST) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            BankCorruptError: The bytes are not a manifest's, or not in canonical form.
+        """
+        found = _DIGEST.match(data) if len(data) <= MOST_BYTES else None
+        if found is None:
+            raise _corrupt(where, f"{len(data):,} bytes that do not begin as a manifest does")
+        body = b"{" + data[found.end() :]
+        if hashlib.sha256(body).hexdigest().encode() != found[1]:
+            raise _corrupt(where, "a digest that is not that of its bytes")
+        try:
+            value = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise _corrupt(where, f"no strict JSON ({error})") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise _corrupt(where, "no bank's manifest")
+        version = value.pop("version", None)
+        if version != VERSION:
+            raise BankCorruptError(f"{where}: format version {version!r}, this hf_cl reads {VERSION}. Upgrade hf_cl.")
+        manifest: Manifest = _read(cls, value, where)
+        if manifest.to_bytes() != data:
+            raise _corrupt(where, "JSON that is not in the canonical form")
+        _check(manifest, where)
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that pins the bank."""
+        return self.to_bytes()[11:75].decode()
+
+    def task(self, name: str) -> TaskEntry:
+        """Return a task by its name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return next(task for task in self.tasks if task.name == name)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _corrupt(where: str, found: str) -> BankCorruptError:
+    return BankCorruptError(f"{where}: expected a bank's manifest, found {found}. Fetch it again, or restore a copy.")
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key stands twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _read(cls: type[Any], value: Any, where: str) -> Any:
+    """Build a dataclass from a JSON object: all of its keys, no others, each of its type."""
+    hints = get_type_hints(cls)
+    if not isinstance(value, Mapping) or set(value) != set(hints):
+        extra = sorted(set(value) ^ set(hints))[:5] if isinstance(value, Mapping) else type(value).__name__
+        raise _corrupt(where, f"other keys than expected ({extra})")
+    made = {field.name: _as(hints[field.name], value[field.name], f"{where}: {field.name}") for field in fields(cls)}
+    return cls(**made)
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, UnionType):
+        return None if value is None else _as(get_args(kind)[0], value, where)
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_as(get_args(kind)[0], item, where) for item in value]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _as(get_args(kind)[1], item, where) for key, item in value.items()}
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
+        return _read(kind, value, where)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return value
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise _corrupt(where, f"{type(value).__name__} where another type is expected")
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    """Refuse values that no bank has."""
+    problems: list[str] = []
+
+    def must(holds: bool, what: str) -> None:
+        if not holds:
+            problems.append(what)
+
+    indexes = [task.index for task in manifest.tasks]
+    must(manifest.store.compose in COMPOSES, f"compose {manifest.store.compose!r}")
+    must(manifest.generation >= 0, "a negative generation")
+    must(indexes == sorted(set(indexes)), "task numbers that do not rise")
+    must(all(0 <= index < manifest.next_index <= MOST_TASKS + 1 for index in indexes), "task numbers out of range")
+    must(len({_folded(task.name) for task in manifest.tasks}) == len(indexes), "two tasks of one name")
+    must(_HEX.fullmatch(manifest.base.fingerprint) is not None, "a base fingerprint that is no sha256")
+    must(len(set(manifest.store.targets)) == len(manifest.store.targets) > 0, "targets that are none, or double")
+    must(all(scale > 0 for scale in manifest.store.scales.values()) and bool(manifest.store.scales), "scales below 0")
+    for task in manifest.tasks:
+        name = f"task {task.index}"
+        must(bool(task.name.strip()), f"{name} without a name")
+        must(0 < task.density <= 1, f"{name} with density {task.density}")
+        must(task.problem_type in PROBLEMS, f"{name} with problem_type {task.problem_type!r}")
+        must(task.trains in ("nothing", "claimed"), f"{name} that trains {task.trains!r}")
+        must(task.values_dtype in ("float32", "bfloat16"), f"{name} with values in {task.values_dtype!r}")
+        must(0 < len(task.labels) == len(set(task.labels)), f"{name} with no labels, or double ones")
+        must(all(0 <= other < task.index for other in task.inherits), f"{name} inheriting from a later task")
+        must(task.head_of is None or 0 <= task.head_of < task.index, f"{name} sharing a later task's head")
+        must(FILE.fullmatch(task.file.name) is not None, f"{name} in a file of another name than a task's")
+        must(task.file.name[11:27] == task.file.sha256[:16], f"{name} in a file not named by its content")
+        must(_HEX.fullmatch(task.file.sha256) is not None and task.file.bytes > 0, f"{name} with a bad file entry")
+    if problems:
+        raise _corrupt(where, ", ".join(problems[:5]))
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
