@@ -1,5 +1,6 @@
 # Every target sets itself up in .venv first, once.
 VENV ?= .venv
+WORKERS ?= 2
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
@@ -19,7 +20,7 @@ quickstart: install
 	@echo "hf-cl is in $(BIN); put it on your path with: source $(BIN)/activate"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: install
 	$(BIN)/python -m pytest -m slow

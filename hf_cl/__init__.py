@@ -4,7 +4,7 @@
     scores -> masks           hf_cl.masks, hf_cl.ownership
     masked model              hf_cl.tuner (a PEFT method), hf_cl.layers
     training                  hf_cl.training, hf_cl.starts, hf_cl.methods
-    run folder, proof         hf_cl.storage, hf_cl.runs
+    run folder, proof, bank   hf_cl.storage, hf_cl.runs, hf_cl.bank
     the whole way             hf_cl.train_stream, hf_cl.ContinualLearner
 
 Importing this brings no torch; a name brings what it needs when it is asked for. `from hf_cl import
@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_cl.bank import MaskBank as MaskBank
     from hf_cl.data import Task as Task
     from hf_cl.data import TaskSpec as TaskSpec
     from hf_cl.data import load_task as load_task
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AccuracyMatrix": "hf_cl.metrics",
     "ContinualLearner": "hf_cl.learner",
+    "MaskBank": "hf_cl.bank",
     "MaskConfig": "hf_cl.tuner",
     "OwnershipCallback": "hf_cl.training.ownership_callback",
     "Task": "hf_cl.data",

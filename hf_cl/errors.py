@@ -12,8 +12,8 @@ HfClError
     ├── BankConflictError   another writer was first, or two banks claim the same entries
     └── BaseMismatchError   it was learned on another base (a BaseModelError too)
 
-Each message says where, what was found, and the way out. The first three are also
-`ValueError`, so a caller who knows nothing of this package catches them as usual.
+Each message says where, what was found, and the way out. The first three (and `BaseMismatchError`) are
+also `ValueError`, so a caller who knows nothing of this package catches them as usual.
 """
 
 

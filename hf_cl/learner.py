@@ -15,6 +15,7 @@ from hf_cl import plugins
 from hf_cl.data import Task, collator, tokenise
 from hf_cl.errors import ConfigError, DataError, RunError
 from hf_cl.layers.base import Base, lasting, load_base
+from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import find_head
 from hf_cl.metrics import AccuracyMatrix
 from hf_cl.proof import probe_digest
@@ -284,6 +285,11 @@ def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any],
     """Return the method's name, its options as plain values, and the method itself."""
     config = MaskConfig(seed=seed) if config is None else config
     if isinstance(config, MaskConfig):
+        if config.problem_type not in (None, PROBLEMS[0]):
+            raise ConfigError(
+                f"problem_type: a learner's tasks have classes, found {config.problem_type!r}. Use get_peft_model and "
+                f"your own Trainer with OwnershipCallback, as in docs/peft.md."
+            )
         if config.head_modules or config.missing_modules:
             named = config.head_modules
             head = tuple(find_head(base.model, named, config.missing_modules or ()))

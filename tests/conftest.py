@@ -1,5 +1,7 @@
 """Tiny bases, rows of token ids and arguments: everything trains for real, in a fraction of a second."""
 
+import os
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -8,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from hf_cl.layers.base import Base
 
 VOCAB, TOKENS = 50, 6
+os.environ["COLUMNS"] = "120"  # tables are as wide as the terminal, and there may be none
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -163,7 +163,6 @@ def test_an_unfinished_task_without_the_tasks_it_reads_is_right_or_refused(tiny_
     assert torch.equal(found, logits(model, "pets"))
 
 
-@pytest.mark.xfail(strict=True, reason="what is loaded moves owners; only commits and deletions tell the rest")
 def test_a_task_in_its_mask_phase_goes_on_beside_a_finished_one_that_is_loaded(learning, saved):
     learning.load_adapter(saved[0] / "shop", adapter_name="shop")
     learning(input_ids=masked.rows(), labels=torch.arange(5)).loss.backward()
@@ -208,7 +207,6 @@ def test_a_damaged_file_on_a_base_leaves_the_base_unwrapped(tiny_model, saved, d
     assert torch.equal(logits(load(base, saved[0], "news")), saved[1]["news"])
 
 
-@pytest.mark.xfail(strict=True, reason="the base stays frozen: what inject_adapter changed is not put back")
 def test_a_damaged_file_on_a_base_leaves_the_base_trainable(tiny_model, damaged):
     base = tiny_model()
     with pytest.raises(OwnershipError):
@@ -216,7 +214,6 @@ def test_a_damaged_file_on_a_base_leaves_the_base_trainable(tiny_model, damaged)
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="_prepare_model counts on before the file is checked")
 def test_a_refused_file_uses_up_no_number(tiny_model, saved, damaged):
     model = load(tiny_model(), saved[0], "news")
     refuse(model, damaged("shop", "another head"))
@@ -255,7 +252,6 @@ def test_the_file_of_another_task_under_a_config_is_refused(learning, saved, tmp
     refuse(learning, tmp_path / "shop", "shop", OwnershipError)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing in the tensors says whose they are")
 def test_the_file_of_another_task_with_as_many_labels_is_refused_too(tiny_model, one, tmp_path):
     model = one(trains="claimed")
     finish(model, "news")
@@ -267,7 +263,6 @@ def test_the_file_of_another_task_with_as_many_labels_is_refused_too(tiny_model,
         load(tiny_model(), tmp_path, "news")
 
 
-@pytest.mark.xfail(strict=True, reason="the dtypes of a file's tensors are not checked")
 @in_every_way
 def test_a_file_whose_values_were_cast_is_refused(tiny_model, saved, tmp_path, way):
     def halve(tensors):
@@ -290,7 +285,6 @@ def test_a_failed_load_into_a_task_that_has_been_trained_does_not_remove_it(one,
     refuse(model, damaged("news", "another head"), "news", OwnershipError)
 
 
-@pytest.mark.xfail(strict=True, reason="whether an adapter is as it was added is read off its scores alone")
 def test_a_failed_load_into_a_task_whose_head_alone_was_trained_does_not_remove_it(learning, damaged):
     learning.add_adapter("news", config(train_norms=True, task_index=0))
     with torch.no_grad():
@@ -298,7 +292,6 @@ def test_a_failed_load_into_a_task_whose_head_alone_was_trained_does_not_remove_
     refuse(learning, damaged("news", "another head"), "news", OwnershipError)
 
 
-@pytest.mark.xfail(strict=True, reason="an adapter that the user added is taken for one that this load added")
 def test_a_failed_load_into_an_adapter_that_the_user_added_does_not_remove_it(one, damaged):
     model = one(train_norms=True)
     refuse(model, damaged("news", "another head"), "news", OwnershipError)
@@ -413,7 +406,6 @@ def test_a_base_on_the_hub_is_named_as_such_and_a_folder_is_not(named, tmp_path)
     assert (data.base_model, data.base_model_relation) == ("someone/base", "adapter")
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT writes the base's path into a card that is there, and it is left there")
 def test_a_folder_is_not_named_as_base_on_the_second_save_either(named, tmp_path):
     model = named()
     for _ in range(2):
@@ -440,13 +432,11 @@ def test_a_users_own_card_is_kept_and_our_section_replaced(named, tmp_path):
     assert ModelCard.load(card).data.license == "mit"
 
 
-@pytest.mark.xfail(strict=True, reason="the card at the root lists the folders below it and forgets its own adapter")
 def test_the_card_at_the_root_tells_how_to_load_default_beside_others(named, tmp_path):
     named(name="default").save_pretrained(tmp_path / "bank")
     assert blocks(tmp_path / "bank" / "README.md") == 2
 
 
-@pytest.mark.xfail(strict=True, reason="names and paths are put between quotes as they are")
 def test_the_cards_code_can_be_read_whatever_the_adapters_name(named, tmp_path):
     named(name='say "hi"').save_pretrained(tmp_path / "bank")
     compile(

@@ -52,8 +52,8 @@ def test_all_and_dir_name_the_same():
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'hf_cl' has no attribute 'MaskBank'"):
-        hf_cl.MaskBank  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'hf_cl' has no attribute 'MaskBanks'"):
+        hf_cl.MaskBanks  # noqa: B018
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_every_error_stands_in_the_tree_and_below_one_base():
     assert all(issubclass(kind, errors.HfClError) for kind in made)
     assert all(kind.__name__ in errors.__doc__ for kind in made)
     assert [kind.__name__ for kind in made if issubclass(kind, ValueError)] == [
-        "ConfigError", "DataError", "BaseModelError"
+        "ConfigError", "DataError", "BaseModelError", "BaseMismatchError"
     ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_a_config_survives_being_copied_pickled_replaced_and_saved(tmp_path):
     made = full()
     made.save_pretrained(tmp_path)
     assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == dataclasses.replace(made) == made  # noqa: S301
-    assert PeftConfig.from_pretrained(tmp_path) == MaskConfig.from_pretrained(tmp_path) == made
+    assert PeftConfig.from_pretrained(tmp_path) == made
     assert type(PeftConfig.from_pretrained(tmp_path)) is MaskConfig
     assert dataclasses.replace(made, density=0.5).density == 0.5
     with pytest.raises(ConfigError, match="density"):
@@ -84,7 +84,6 @@ def test_sets_are_written_in_order(tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="targets are compared as they are written, not as what they name")
 @pytest.mark.parametrize(
     "targets",
     [("query", "query"), (["query", "key"], ["key", "query"]), "all"],
@@ -131,7 +130,6 @@ def test_many_tasks_named_like_parts_of_paths_load_and_are_deleted_one_by_one(ti
         model.set_adapter(HARD[-1])
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT keeps gradients of what is there by name, and takes a path for the task")
 @pytest.mark.parametrize("name", ["0", "query", "dense", "layer", "hfcl_scores"])
 def test_loading_a_task_named_like_part_of_a_path_leaves_gradients_on(one, hard, name):
     model = one(train_norms=True, task_index=90)
@@ -143,9 +141,6 @@ def test_loading_a_task_named_like_part_of_a_path_leaves_gradients_on(one, hard,
 BAD = ["a.b", "..", "a/b", "a\\b", "a:b", "a\nb", "a\x00b", "", " ", " a", "a\t", "__base__", "keys", "values", "items"]
 BAD += ["pop", "copy", "update", "train", "eval", "forward", "training", "_modules", "_buffers", "__class__"]
 WORSE = ["values ", " __base__", ".modules", "/parameters"]
-WORSE = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="_tame may give a taken name")) for name in WORSE
-]
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")

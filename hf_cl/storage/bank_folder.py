@@ -76,12 +76,13 @@ def read_file(path: Path, size: int) -> bytes:
     except OSError as error:
         kind = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
         raise BankCorruptError(f"{path}: {kind}. Fetch the bank again, or restore a copy.") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        os.close(descriptor)
+        raise BankCorruptError(
+            f"{path}: found {status.st_size:,} bytes, the manifest says {size:,} of a regular file. Fetch it again."
+        )
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-            raise BankCorruptError(
-                f"{path}: found {status.st_size:,} bytes, the manifest says {size:,} of a regular file. Fetch it again."
-            )
         return file.read(size)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_cl.metrics import accuracy, macro_f1
+from hf_cl.training.guards import forget_preparation
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, Any]]
 
@@ -50,6 +51,7 @@ def evaluate(
     quiet.push_to_hub = False
     trainer = Trainer(model=model, args=quiet, data_collator=collator, compute_metrics=with_ours(compute_metrics))
     found = trainer.predict(rows, metric_key_prefix="test").metrics or {}
+    forget_preparation(model)
     timing = (
         "test_runtime",
         "test_samples_per_second",

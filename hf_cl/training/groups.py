@@ -107,7 +107,8 @@ def require_unstepped(optimizer: Any) -> None:
     Raises:
         ConfigError: It has stepped before.
     """
-    if getattr(optimizer, "optimizer", optimizer).state:
+    # Adagrad has sums, and a step of 0, when it is made.
+    if any(float(held.get("step", 1)) for held in getattr(optimizer, "optimizer", optimizer).state.values()):
         raise ConfigError("optimizer: it has stepped before. Give each task a new Trainer (or a new optimizer).")
 
 

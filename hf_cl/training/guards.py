@@ -72,6 +72,18 @@ def refuse_push(args: TrainingArguments) -> None:
         )
 
 
+def forget_preparation(model: nn.Module) -> None:
+    """Take back what accelerate left on a model: a later Trainer would neither compile it nor change its precision.
+
+    It marks what it has prepared, and under bf16 puts an autocast forward in the model's place for good, so that
+    evaluation, too, would answer with other bits than a process that only loads the model.
+    """
+    held = vars(model)
+    held.pop("_is_accelerate_prepared", None)
+    if held.pop("_original_forward", None) is not None:
+        held.pop("forward", None)
+
+
 class FiniteGradients(TrainerCallback):
     """Stops at the first step whose gradients are not finite; for methods without masks."""
 

@@ -82,7 +82,8 @@ def _start_from(tuner: MaskModel, adapter: str, source: str, margin: float) -> N
                 scores_from_mask(scores.detach(), layer.mask(source), margin, magnitude=layer.magnitude(adapter))
             )
         if tuner.peft_config[adapter].labels == tuner.peft_config[source].labels:
-            for own in tuner.own_layers():
+            shared = tuner.peft_config[adapter].head_of is not None
+            for own in (own for own in tuner.own_layers() if own.is_norm or not shared):
                 own.hfcl_copy[adapter].load_state_dict(own.hfcl_copy[source].state_dict())
 
 

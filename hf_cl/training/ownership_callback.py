@@ -30,7 +30,7 @@ from hf_cl.training.groups import (
     set_groups,
     set_schedule,
 )
-from hf_cl.training.guards import refuse_partial_push, refuse_sharding, require_finite
+from hf_cl.training.guards import forget_preparation, refuse_partial_push, refuse_sharding, require_finite
 from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
 
@@ -78,6 +78,13 @@ class OwnershipCallback(TrainerCallback):
         self._owned = ""
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._checkpoint: str | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make the Trainer prepare the model for itself, whatever an earlier one has made of it."""
+        forget_preparation(kwargs["model"])
+        if args.torch_compile:  # every task adds graphs, and Dynamo gives up at eight
+            torch.compiler.reset()
 
     # --- before the first step ------------------------------------------------------------------------
 
@@ -94,7 +101,7 @@ class OwnershipCallback(TrainerCallback):
         self._check(tuner, args)
         tuner.require_free(self.adapter)
         self._owned = tuner.owned_digest(self._index(tuner))
-        self._best = None
+        self._best = self._checkpoint = None
         steps = state.max_steps
         if steps < 2 and not self._mask_only(tuner):
             raise ConfigError(f"max_steps: {steps} step has no room for a mask phase and a weight phase. Train longer.")
@@ -163,6 +170,8 @@ class OwnershipCallback(TrainerCallback):
             require_unstepped(inner)
         held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
         mine = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        if held != mine and ours and inner.state:
+            require_unstepped(inner)
         if held != mine:
             raise ConfigError(
                 f"optimizer: it holds {len(held - mine)} tensors that do not train and lacks {len(mine - held)} that "
@@ -208,7 +217,7 @@ class OwnershipCallback(TrainerCallback):
             return
         opened = tuner.begin_weight_phase(self.adapter)
         self.facts = tuner.facts(self.adapter)
-        self._best, state.best_metric, state.best_model_checkpoint = None, None, None
+        self._best, state.best_metric, self._checkpoint = None, None, None
         if opened == 0:
             logger.warning("%s: its mask holds no free entry, so nothing is left to train but its head.", self.adapter)
         elif self.facts["trainable_share"] < SCARCE:
@@ -246,6 +255,18 @@ class OwnershipCallback(TrainerCallback):
                 {key: tensor.detach().clone() for key, tensor in self._training(kwargs["model"])},
             )
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hide the best checkpoint from the Trainer's end: it would load what lies at its top, an adapter `default`."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._checkpoint, state.best_model_checkpoint = state.best_model_checkpoint, None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show it again: the Trainer spares the best checkpoint when it deletes old ones."""
+        if self._checkpoint is not None:
+            state.best_model_checkpoint, self._checkpoint = self._checkpoint, None
+
     def _training(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         """Return what training moves, as it stands: trainable parameters and the kept thresholds."""
         moving: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -264,6 +285,8 @@ class OwnershipCallback(TrainerCallback):
             OwnershipError: Something that earlier tasks own has moved.
         """
         model, tuner = kwargs["model"], self._tuner(kwargs["model"])
+        if self._checkpoint is not None:
+            state.best_model_checkpoint, self._checkpoint = self._checkpoint, None
         if not self._mask_only(tuner) and tuner.phase(self.adapter) == "mask":
             raise TrainingError(
                 f"adapter {self.adapter!r}: training stopped at step {state.global_step}, before its claim at step "

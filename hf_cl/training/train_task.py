@@ -13,8 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_cl.errors import ConfigError
 from hf_cl.training.evaluation import ComputeMetrics, with_ours
-from hf_cl.training.groups import set_groups
-from hf_cl.training.guards import refuse_push, refuse_sharding
+from hf_cl.training.guards import forget_preparation, refuse_push, refuse_sharding
 from hf_cl.training.method import Method
 
 
@@ -67,6 +66,7 @@ def train_task(
         method.begin(index, labels)
         trainer = _trainer(trainer_class, method, index, rows, collator, args, compute_metrics, callbacks)
         trainer.train()
+        forget_preparation(method.model)
         method.commit(index)
     except BaseException:
         method.abandon(index)
@@ -125,6 +125,5 @@ def _optimizer(method: Method, args: TrainingArguments) -> Optimizer:
             f"needs those of scores, values and head. Use adamw_torch, adafactor, sgd or another that takes groups."
         )
     groups = method.groups(args)
-    optimizer: Optimizer = made([{"params": groups[0]["params"]}], **options)
-    set_groups(optimizer, groups)
+    optimizer: Optimizer = made([dict(group) for group in groups], **options)
     return optimizer

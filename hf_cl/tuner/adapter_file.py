@@ -8,10 +8,10 @@ tensors where a task is called like a part of a path (`query`, `0`): so keys are
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_cl.errors import BaseModelError, OwnershipError
+from hf_cl.ownership.digest import digest
 from hf_cl.tuner.arrival import check_arriving
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer import MaskLinear
@@ -65,12 +65,24 @@ def check_file(root: nn.Module, tuner: Any, adapter: str, stored: Mapping[str, T
             f"another model, with other `target_modules`, or is damaged: load it on the model it was learned on."
         )
     arriving = {keys[name]: tensor for name, tensor in stored.items()}
+    held = root.state_dict()
+    cast = [name for name, key in keys.items() if arriving[key].dtype != held[key].dtype]
+    if cast:
+        raise OwnershipError(
+            f"adapter {adapter!r}: {cast[0]} is {arriving[keys[cast[0]]].dtype} in its file and "
+            f"{held[keys[cast[0]]].dtype} here. A cast changes what a task has learned: load the file as it was saved."
+        )
     for path, layer in root.named_modules():
         if isinstance(layer, MaskLinear):
             names = (*layer.adapter_layer_names, *layer.other_param_names)
             check_arriving(layer, adapter, {name: arriving[f"{path}.{name}.{adapter}"] for name in names})
         elif isinstance(layer, OwnLayer):
             _check_own(layer, adapter, arriving, f"{path}.hfcl_copy.{adapter}.")
+    if config.tensors_digest not in (None, file_digest(stored)):
+        raise OwnershipError(
+            f"adapter {adapter!r}: its tensors are not those its config was saved with. The file is damaged, or of "
+            f"another task: load the folder as it was saved."
+        )
     if config.base_fingerprint is not None and config.base_fingerprint != tuner.fingerprint():
         raise BaseModelError(
             f"adapter {adapter!r}: was learned on a base with fingerprint {config.base_fingerprint[:12]}, this "
@@ -91,13 +103,6 @@ def _check_own(layer: OwnLayer, adapter: str, arriving: Mapping[str, Tensor], pr
             )
 
 
-def is_untouched(tuner: Any, adapter: str) -> bool:
-    """Return whether an adapter is as it was added, so that removing it loses nothing."""
-    return all(_as_added(layer, adapter) for layer in tuner.mask_layers())
-
-
-def _as_added(layer: Any, adapter: str) -> bool:
-    scores = layer.hfcl_scores[adapter]
-    if scores.is_meta:
-        return True
-    return layer.phase(adapter) == "mask" and torch.equal(scores, layer.first_scores(adapter))
+def file_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of an adapter's tensors, by the names they have in its file."""
+    return digest(sorted(tensors.items()))

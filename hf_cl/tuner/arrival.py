@@ -5,6 +5,7 @@ layer first), so a refused adapter leaves the store as it was.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def install_arrived(module: nn.Module, _: Any) -> None:
     """After loading: derive store and owners from what arrived, and compose the active adapter anew."""
     layer: Any = module
     arrived, layer.arrived = sorted(layer.arrived), set()
-    for adapter in arrived:
-        if layer.phase(adapter) == "committed":
+    finished = [adapter for adapter in arrived if layer.phase(adapter) == "committed"]
+    with layer.owners_change() if finished else nullcontext():
+        for adapter in finished:
             names = ("hfcl_bits", "hfcl_where", "hfcl_owned", "hfcl_inherited")
             _install(layer, adapter, {name: getattr(layer, name)[adapter] for name in names})
     if arrived:

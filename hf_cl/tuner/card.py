@@ -4,6 +4,7 @@ PEFT writes a card that says nothing of this, and the Hub shows a snippet by its
 owner has written is kept: our section stands between two marks in it.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ def write_cards(config: Any, folder: Path, adapter: str) -> None:
         folder: Where its `adapter_config.json` lies.
         adapter: Its name; PEFT puts any but `default` into a folder of its name.
     """
-    _write(folder / "README.md", config, _section(config, adapter, None))
-    around = folder.parent / "README.md"
-    if adapter != "default" and folder.name == adapter and around.is_file():
-        names = sorted(file.parent.name for file in folder.parent.glob("*/adapter_config.json"))
-        _write(around, config, "\n\n".join(_section(config, name, name) for name in names))
+    around = folder if adapter == "default" else folder.parent
+    if adapter != "default":
+        _write(folder / "README.md", config, _section(config, adapter, None))
+    if adapter == "default" or (folder.name == adapter and (around / "README.md").is_file()):
+        names = sorted(file.parent.name for file in around.glob("*/adapter_config.json"))
+        places: list[tuple[str, str | None]] = [(name, name) for name in names]
+        if (around / "adapter_config.json").is_file():
+            places.insert(0, ("default", None))
+        _write(around / "README.md", config, "\n\n".join(_section(config, *place) for place in places))
 
 
 def _write(file: Path, config: Any, section: str) -> None:
@@ -40,8 +45,12 @@ def _write(file: Path, config: Any, section: str) -> None:
         card.text = f"{card.text.rstrip()}\n\n{marked}\n"
     data: Any = card.data
     data.library_name, data.pipeline_tag = "hf_cl", "text-classification"
-    data.tags = sorted({*(data.tags or ()), "hf_cl", "continual-learning"})
+    # PEFT tags the base's path, also where it is a folder of this machine.
+    tags = [tag for tag in data.tags or () if not Path(tag.removeprefix("base_model:adapter:")).is_absolute()]
+    data.tags = sorted({*tags, "hf_cl", "continual-learning"})
     base = config.base_model_name_or_path
+    if isinstance(data.base_model, str) and Path(data.base_model).exists():
+        data.base_model = data.base_model_relation = None  # PEFT writes a folder of this machine there
     if base and not Path(base).exists():
         data.base_model, data.base_model_relation = base, "adapter"
     card.save(file)
@@ -49,9 +58,9 @@ def _write(file: Path, config: Any, section: str) -> None:
 
 def _section(config: Any, adapter: str, subfolder: str | None) -> str:
     base = config.base_model_name_or_path or "the base"
-    where = f', subfolder="{subfolder}"' if subfolder else ""
+    where = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     about = f"`{adapter}`: a masked adapter of [hf_cl](https://pypi.org/project/hf-cl/) on `{base}`"
-    if subfolder is None:
+    if subfolder is None and config.saved_as == adapter:
         labels = ", ".join(" ".join(label.split()) for label in config.labels)
         about += f", task number {config.task_index}, with the labels {labels}"
     return f"""{about}.
@@ -61,6 +70,6 @@ import hf_cl.tuner  # registers the method; without it PEFT raises KeyError: 'HF
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "THIS_REPOSITORY"{where}, adapter_name="{adapter}")
+base = AutoModelForSequenceClassification.from_pretrained({json.dumps(base)})
+model = PeftModel.from_pretrained(base, "THIS_REPOSITORY"{where}, adapter_name={json.dumps(adapter)})
 ```"""

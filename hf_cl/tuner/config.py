@@ -84,11 +84,17 @@ class MaskConfig(PeftConfig):
     )
     head: str = field(
         default="own",
-        metadata={"help": "own, or shared: the head of the first task with these labels, frozen once it is finished."},
+        metadata={
+            "help": "own, or shared: the first task's head, frozen once that is finished; labels must be the same."
+        },
     )
     head_of: int | None = field(default=None, metadata={"help": "Number of the task whose head is shared; filled in."})
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the base the task was learned on; filled in when it is saved."}
+    )
+
+    tensors_digest: str | None = field(
+        default=None, metadata={"help": "sha256 of the tensors saved beside this config; filled in when it is saved."}
     )
 
     def __new__(cls, *args: object, **options: object) -> "MaskConfig":
@@ -113,6 +119,9 @@ class MaskConfig(PeftConfig):
         """
         super().__post_init__()
         self.peft_type = MASK
+        # Without one PEFT would choose a wrapper that calls the base past us, and mixed batches with it.
+        if getattr(self, "task_type", None) is None:
+            self.task_type = "SEQ_CLS"
         kept_count(1, self.density)
         for name, known in (
             ("compose", COMPOSES),
@@ -156,6 +165,7 @@ class MaskConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and a card that says how to load the folder."""
         super().save_pretrained(save_directory, **kwargs)
+        self.tensors_digest = None  # of the file; what is in memory moves on
         adapter: str | None = getattr(self, "saved_as", None)
         if adapter is not None:
             write_cards(self, Path(save_directory), adapter)

@@ -190,7 +190,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
                 self._overwritten = (adapter, where, self.store.values.view(-1)[where])
             self.store.values.view(-1)[where] = trained
         own = mask & (self.store.owner == FREE)
-        with self._owners_change():
+        with self.owners_change():
             self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
         self._finish(adapter, mask, own, trained is not None)
 
@@ -252,7 +252,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         config = self.configs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         if config is not None:
-            with self._owners_change():
+            with self.owners_change():
                 self._undo(adapter_name)
                 self._free()
         self.compose()
@@ -277,7 +277,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         self.store.owner.view(-1)[where] = FREE
 
     @contextmanager
-    def _owners_change(self) -> Iterator[None]:
+    def owners_change(self) -> Iterator[None]:
         """Keep adapters that are still in their mask phase right while owners change.
 
         Only those that were right before: one whose tasks are not loaded stays refused. One in its weight phase

@@ -4,7 +4,7 @@ Everything here names a task by its adapter. The model adds up what its layers k
 the claim, the commit, capacity, digests.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from hf_cl.masks.overlap import overlap_share
 from hf_cl.masks.select import refresh_masks
 from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FREE
-from hf_cl.tuner.adapter_file import adapter_of_key, check_file, is_untouched, tensors_of
+from hf_cl.tuner.adapter_file import adapter_of_key, check_file, file_digest, tensors_of
 from hf_cl.tuner.arrival import make_room
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer import MaskLinear
@@ -52,6 +52,10 @@ class MaskModel(BaseTuner):
     _mixed: list[str] | None = None
     """The adapter of each row while a mixed batch is answered."""
     _fingerprint: str | None = None
+    _was_trainable: Sequence[nn.Parameter] = ()
+    """What of the base required gradients before it was wrapped."""
+    _before: tuple[str | None, int] = (None, 0)
+    """The adapter that was added last, and the next number before it."""
 
     # --- injection --------------------------------------------------------------------------------
 
@@ -69,11 +73,18 @@ class MaskModel(BaseTuner):
                 f"{type(model).__name__} is wrapped by another PEFT method already ({', '.join(sorted(others))}). Call "
                 f"merge_and_unload() or unload() on that first, and wrap what it returns."
             )
+        if not self._tuner_layers():
+            self._was_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._before = (adapter_name, self._next_index)
+        kept = [(p, p.requires_grad) for layer in self._tuner_layers() for p in layer.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self._take_back(adapter_name)
             raise
+        # PEFT keeps gradients as they were by searching names for the adapter's, and finds it in paths too.
+        for parameter, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
 
     def _take_back(self, adapter: str) -> None:
         """Remove what a failed addition left in the layers; unwrap the base where it was the first."""
@@ -81,8 +92,12 @@ class MaskModel(BaseTuner):
         self.peft_config.pop(adapter, None)
         for layer in self._tuner_layers():
             layer.delete_adapter(adapter)
+        if self._before[0] == adapter:
+            self._next_index = self._before[1]
         if not self.peft_config and self._tuner_layers():
             self.unload()
+            for parameter in self._was_trainable:
+                parameter.requires_grad_(True)
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         return peft_config
@@ -92,12 +107,21 @@ class MaskModel(BaseTuner):
         others = [other for other in self.peft_config.values() if other is not config]
         for name in FIXED if others else ():
             given, fixed = getattr(config, name), getattr(others[0], name)
+            if name == "target_modules" and given is not None and self._same_targets(given):
+                continue
             if given is not None and given != fixed:
                 raise ConfigError(f"{name}: this model's first adapter fixed {fixed!r}, found {given!r}. Use that.")
         self._check_head(config, others)
         for other in others:
             if config.task_index is not None and config.task_index == other.task_index:
                 raise ConfigError(f"task_index: {config.task_index} is taken by another adapter of this model.")
+
+    def _same_targets(self, given: list[str] | str) -> bool:
+        """Return whether suffixes name the very linears that are masked, however they are written."""
+        suffixes = [given] if isinstance(given, str) else list(given)
+        names = {*self._targets, *self._excluded}
+        named = {name for name in names if matches(name, suffixes)}
+        return named == names and all(any(matches(name, [suffix]) for name in names) for suffix in suffixes)
 
     def _check_head(self, config: MaskConfig, others: list[MaskConfig]) -> None:
         """Refuse a shared head that is not there to be shared.
@@ -216,9 +240,13 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Return the adapter's tensors; PEFT's own choice by name is not used, it drops keys of other names."""
         tuner: MaskModel = getattr(model, "base_model", model)
+        tensors = tensors_of(model.state_dict(), adapter_name)
         config.base_fingerprint = tuner.fingerprint()
+        config.tensors_digest = file_digest(
+            {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
+        )
         config.saved_as = adapter_name  # PEFT tells the config where it is saved, and not under which name
-        return tensors_of(model.state_dict(), adapter_name)
+        return tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -234,9 +262,10 @@ class MaskModel(BaseTuner):
         try:
             arriving = check_file(model, tuner, adapter_name, state_dict)
         except HfClError:
-            if is_untouched(tuner, adapter_name):
+            if config.tensors_digest is not None:  # read from the file's config, so this load has added it
                 tuner._take_back(adapter_name)
             raise
+        config.tensors_digest = None
         for path, layer in model.named_modules():
             if isinstance(layer, MaskLinear):
                 make_room(layer, arriving, f"{path}.")
@@ -252,6 +281,8 @@ class MaskModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active: its weights, its head, its labels."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise OwnershipError(f"adapters {', '.join(adapter_name)} cannot be active together. Name one.")
         for name in self.peft_config:
             # Also those that were loaded: whether a task is finished is read off its masks.
             if self.mask_layers() and name in self.mask_layers()[0].configs and self.phase(name) == "committed":
@@ -277,8 +308,29 @@ class MaskModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put one task's weights in the base's place; `unmerge_adapter` gives the base's very bits back."""
         self.fingerprint()  # of the base as it is now
+        if safe_merge:
+            self._require_finite(self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_labels()
+
+    def _require_finite(self, adapters: list[str]) -> None:
+        """Refuse to merge a task whose weights are not finite, before any layer is merged.
+
+        Raises:
+            ConfigError: Names the layer.
+        """
+        for adapter in adapters:
+            for layer in self.mask_layers():
+                with layer.answering(adapter):
+                    weights: dict[str, Tensor] = {layer.path: layer.store.weight.clone()}
+                self._refuse_infinite(adapter, weights)
+            self._refuse_infinite(adapter, self.own_tensors(adapter))
+
+    @staticmethod
+    def _refuse_infinite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if bad:
+            raise ConfigError(f"{bad[0]}: adapter {adapter!r} has values that are not finite. It is not merged.")
 
     def unmerge_adapter(self) -> None:
         """Take a merged task out of the base again."""
@@ -305,6 +357,8 @@ class MaskModel(BaseTuner):
                 f"merge_and_unload: one task can be merged, found {', '.join(names) or 'none'}; there are "
                 f"{', '.join(self.peft_config)}. Name one as adapter_names=[...]."
             )
+        if merge and safe_merge:
+            self._require_finite(names)
         labels = (self.peft_config[names[0]].labels, self.peft_config[names[0]].problem) if merge else self._base_labels
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=list(names) if merge else None

@@ -29,5 +29,5 @@ def require_name(adapter: str) -> None:
 
 
 def _tame(adapter: str) -> str:
-    kept = "".join("_" if c in _SEPARATORS or not c.isprintable() else c for c in adapter).strip()
-    return kept or "task"
+    kept = "".join("_" if c in _SEPARATORS or not c.isprintable() else c for c in adapter).strip() or "task"
+    return f"{kept}_task" if kept in _TAKEN else kept

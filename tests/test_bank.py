@@ -1,0 +1,383 @@
+"""A bank is what was learned: whole, alone loadable, refused where a byte differs."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_cl import MaskBank, bank
+from hf_cl.errors import BankConflictError, BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
+from hf_cl.storage import bank_folder, disk
+from hf_cl.storage.manifest import MANIFEST, BaseEntry, Manifest, StoreEntry
+
+pytest_plugins = ["tiny"]
+NAMES = ("pets", "weather", "food")
+SUBSETS = [("pets",), ("weather",), ("food",), ("food", "pets"), ("weather", "food"), NAMES]
+
+
+@pytest.fixture(scope="module", params=["supsup", "exssnet"])
+def learned(request, base_folder, tmp_path_factory):
+    """A learner of three tasks, its bank in a folder, and each task's logits."""
+    place = tmp_path_factory.mktemp(request.param)
+    learner = tiny.learner(base_folder, tiny.options(request.param), place / "out")
+    for name in NAMES:
+        learner.learn(tiny.task(name))
+    logits = {}
+    for name in NAMES:
+        learner.activate(name)
+        logits[name] = tiny.logits(learner.model)
+    made = MaskBank.from_learner(learner, base_id="someone/tiny")
+    return learner, made, made.save_pretrained(place / "bank"), logits
+
+
+@pytest.fixture
+def copy(learned, tmp_path):
+    """A copy of the bank's folder to spoil."""
+    return shutil.copytree(learned[2], tmp_path / "bank")
+
+
+def base(base_folder):
+    return tiny.fresh(base_folder).model
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids="-".join)
+def test_any_tasks_attach_alone_and_answer_with_the_same_bits(learned, base_folder, names):
+    _, _, folder, logits = learned
+    opened = MaskBank.from_pretrained(folder)
+    model = opened.attach(base(base_folder), names)
+    assert len(model.peft_config) == len(names)
+    for name in (*names, names[0]):
+        opened.activate(model, name)
+        assert torch.equal(tiny.logits(model), logits[name])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_fresh_process_verifies_it_from_its_files(learned, base_folder):
+    code = (
+        "import sys, json; from hf_cl import MaskBank; from hf_cl.layers.base import load_base\n"
+        "print(json.dumps(MaskBank.from_pretrained(sys.argv[1]).verify(load_base(sys.argv[2]).model)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(learned[2]), str(base_folder)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == [{"name": name, "moved": [], "same_logits": True} for name in NAMES]
+
+
+def test_opening_reads_the_manifest_only_and_attaching_what_a_task_inherits(learned, base_folder, monkeypatch):
+    _, _, folder, _ = learned
+    read = []
+    plain = bank_folder.read_file
+    for module in (bank_folder, bank):
+        monkeypatch.setattr(module, "read_file", lambda path, size: read.append(path.name) or plain(path, size))
+    opened = MaskBank.from_pretrained(folder)
+    assert read == [MANIFEST]
+    entry = opened.manifest.task("weather")
+    opened.attach(base(base_folder), ["weather"])
+    files = {task.index: task.file.name for task in opened.manifest.tasks}
+    assert sorted(set(read[1:])) == sorted(files[index] for index in {entry.index, *entry.inherits})
+
+
+def test_values_are_stored_once_by_their_owner_and_none_for_a_mask_alone(learned):
+    learner, made, folder, _ = learned
+    kept = sum(layer.count("task0") for layer in learner.method.tuner.mask_layers())
+    stored = [load_file(folder / task.file.name).get("values") for task in made.manifest.tasks]
+    if learner.method_name == "supsup":
+        assert stored == [None] * 3
+        return
+    assert len(stored[0]) == kept
+    owned = sum(int((layer.store.owner >= 0).sum()) for layer in learner.method.tuner.mask_layers())
+    assert sum(map(len, stored)) == owned < 3 * kept
+
+
+def test_the_same_learner_gives_the_same_bytes(learned):
+    learner, made, folder, _ = learned
+    again = MaskBank.from_learner(learner, base_id="someone/tiny")
+    assert again.digest == made.digest
+    assert (folder / MANIFEST).read_bytes() == again.manifest.to_bytes()
+
+
+def test_no_path_and_no_name_of_a_task_is_in_a_file_name_or_the_manifest(learned, base_folder):
+    _, _, folder, _ = learned
+    assert str(base_folder) not in (folder / MANIFEST).read_text()
+    assert not any(name in file.name for name in NAMES for file in folder.iterdir())
+
+
+def test_a_digest_pins_a_bank(learned):
+    _, made, folder, _ = learned
+    assert MaskBank.from_pretrained(folder, expected_digest=made.digest).digest == made.digest
+    with pytest.raises(BankError, match="Do not use it"):
+        MaskBank.from_pretrained(folder, expected_digest="0" * 64)
+
+
+@pytest.mark.parametrize("method", ["ssnet", "finetune"])
+def test_methods_that_overwrite_or_have_no_masks_give_no_bank(base_folder, tmp_path, method):
+    learner = tiny.learner(base_folder, tiny.options(method), tmp_path)
+    learner.learn(tiny.task("pets"))
+    with pytest.raises(BankError, match="keep their run folder"):
+        MaskBank.from_learner(learner)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused_and_left_unwrapped(learned, tmp_path):
+    other = base(tiny.save_base(tmp_path / "other", seed=1))
+    names = [name for name, _ in other.named_modules()]
+    with pytest.raises(BaseMismatchError, match="with fingerprint"):
+        MaskBank.from_pretrained(learned[2]).attach(other)
+    assert [name for name, _ in other.named_modules()] == names
+
+
+def test_unknown_tasks_are_refused_by_name(learned, base_folder):
+    opened = MaskBank.from_pretrained(learned[2])
+    with pytest.raises(ConfigError, match="holds pets, weather, food"):
+        opened.attach(base(base_folder), ["cars"])
+    model = opened.attach(base(base_folder), ["pets"])
+    with pytest.raises(ConfigError, match="not attached"):
+        opened.activate(model, "food")
+
+
+def test_a_folder_that_is_no_bank_is_refused(tmp_path):
+    with pytest.raises(BankCorruptError, match="no bank"):
+        MaskBank.from_pretrained(tmp_path)
+
+
+def opens(folder, base_folder):
+    """Open and attach a bank; return its logits by task."""
+    opened = MaskBank.from_pretrained(folder)
+    model = opened.attach(base(base_folder))
+    found = {}
+    for name in opened.tasks:
+        opened.activate(model, name)
+        found[name] = tiny.logits(model)
+    return found
+
+
+MUTATIONS = {
+    "flip": lambda data, at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :],
+    "truncate": lambda data, at: data[:at],
+    "append": lambda data, at: data + b"\0" * (at % 7 + 1),
+    "zero": lambda data, at: data[:at] + b"\0" * min(64, len(data) - at) + data[at + 64 :],
+    "swap": lambda data, at: data[:at] + data[at : at + 2][::-1] + data[at + 2 :],
+    "duplicate": lambda data, at: data[:at] + data[at : at + 16] * 2 + data[at + 16 :],
+    "empty": lambda data, at: b"",
+}
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_no_damaged_bank_is_loaded(learned, copy, base_folder, kind):
+    whole = {file.name: file.read_bytes() for file in copy.iterdir() if file.name != ".lock"}
+    generator = torch.Generator().manual_seed(len(kind))
+    refused = 0
+    for turn in range(100):
+        name = sorted(whole)[turn % len(whole)]
+        at = int(torch.randint(len(whole[name]), (1,), generator=generator))
+        spoilt = MUTATIONS[kind](whole[name], at)
+        (copy / name).write_bytes(spoilt)
+        if spoilt == whole[name]:
+            refused += 1
+        else:
+            opened = None
+            with pytest.raises(BankCorruptError):
+                opened = MaskBank.from_pretrained(copy)
+                for task in opened.manifest.tasks:
+                    opened._tensors(task)
+            refused += 1
+        (copy / name).write_bytes(whole[name])
+    assert refused == 100
+    assert all(torch.equal(found, learned[3][name]) for name, found in opens(copy, base_folder).items())
+
+
+def rewrite(folder, change):
+    """Change a manifest's values and sign it anew, as an attacker would."""
+    body = json.loads((folder / MANIFEST).read_bytes())
+    body.pop("digest")
+    change(body)
+    data = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / MANIFEST).write_bytes(b'{"digest":"' + digest.encode() + b'",' + data[1:])
+
+
+HOSTILE = {
+    "a path as file name": lambda body: body["tasks"][0]["file"].update(name="../../etc/passwd"),
+    "an absolute file name": lambda body: body["tasks"][0]["file"].update(name="/etc/passwd"),
+    "a file of another task": lambda body: body["tasks"][0].update(file=body["tasks"][1]["file"]),
+    "two tasks of one name": lambda body: body["tasks"][0].update(name=body["tasks"][1]["name"].upper()),
+    "no name": lambda body: body["tasks"][0].update(name=" "),
+    "numbers that fall": lambda body: body["tasks"].reverse(),
+    "a number too large": lambda body: body["tasks"][2].update(index=99999),
+    "inheriting from itself": lambda body: body["tasks"][1].update(inherits=[1]),
+    "sharing a later head": lambda body: body["tasks"][1].update(head_of=2),
+    "density 0": lambda body: body["tasks"][0].update(density=0),
+    "density 2": lambda body: body["tasks"][0].update(density=2.0),
+    "fewer labels": lambda body: body["tasks"][1]["labels"].pop(),
+    "double labels": lambda body: body["tasks"][1].update(labels=["a", "a", "b"]),
+    "no labels": lambda body: body["tasks"][1].update(labels=[]),
+    "a list for a number": lambda body: body["tasks"][1].update(index=[1]),
+    "true for a number": lambda body: body["tasks"][1].update(index=True),
+    "an unknown key": lambda body: body["tasks"][1].update(trust_remote_code=True),
+    "a key too few": lambda body: body["tasks"][1].pop("parts"),
+    "another format": lambda body: body.update(format="zip"),
+    "a later version": lambda body: body.update(version=2),
+    "another form": lambda body: body["store"].update(compose="pickle"),
+    "other scales": lambda body: body["store"]["scales"].popitem(),
+    "another target": lambda body: body["store"].update(targets=["attention.self.query"]),
+    "another head": lambda body: body["store"].update(head=["bert.pooler.dense"]),
+    "a huge file": lambda body: body["tasks"][0]["file"].update(bytes=10**15),
+    "another base": lambda body: body["base"].update(fingerprint="0" * 64),
+    "another training": lambda body: body["tasks"][0].update(trains="mask"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_is_refused(copy, base_folder, case):
+    rewrite(copy, HOSTILE[case])
+    with pytest.raises(HfClError):
+        opens(copy, base_folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("mask_lengths"),
+        lambda tensors: tensors.update(mask_lengths=tensors["mask_lengths"] * 2),
+        lambda tensors: tensors.update(mask_lengths=-tensors["mask_lengths"]),
+        lambda tensors: tensors.update(masks=tensors["masks"].flip(0)),
+        lambda tensors: tensors.update(masks=tensors["masks"].float()),
+        lambda tensors: tensors["head.classifier.weight"].fill_(float("nan")),
+        lambda tensors: tensors.update({"head.classifier.weight": torch.zeros(1000, 16)}),
+        lambda tensors: tensors.update({"head.classifier.weight": tensors["head.classifier.weight"].double()}),
+        lambda tensors: tensors.pop("head.classifier.bias"),
+        lambda tensors: tensors.update(extra=torch.zeros(1)),
+    ],
+)
+def test_a_hostile_task_file_with_the_right_digests_is_refused(copy, base_folder, change):
+    body = json.loads((copy / MANIFEST).read_bytes())
+    file = copy / body["tasks"][0]["file"]["name"]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    data = file.read_bytes()
+    sha = hashlib.sha256(data).hexdigest()
+    entry = {"name": f"task-00000-{sha[:16]}.safetensors", "sha256": sha, "bytes": len(data)}
+    file.rename(copy / entry["name"])
+    rewrite(copy, lambda body: body["tasks"][0].update(file=entry))
+    with pytest.raises(BankCorruptError, match="pets"):
+        opens(copy, base_folder)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "folder", "gone"])
+def test_what_is_no_regular_file_is_refused_at_once(copy, base_folder, kind):
+    file = copy / Manifest.from_bytes((copy / MANIFEST).read_bytes()).tasks[0].file.name
+    aside = file.rename(copy.parent / "aside")
+    if kind == "symlink":
+        file.symlink_to(aside)
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    with pytest.raises(BankCorruptError, match=file.name):
+        opens(copy, base_folder)
+
+
+# --- saving ---------------------------------------------------------------------------------------------------
+
+
+def longer(learned):
+    """Return the bank of the learner's first two tasks, and the whole one."""
+    _, made, _, _ = learned
+    manifest = made.manifest
+    first = Manifest(manifest.generation, manifest.base, manifest.store, manifest.tasks[:2], 2, manifest.environment)
+    return MaskBank(first, blobs=made._blobs), made
+
+
+def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned, tmp_path, base_folder, monkeypatch):
+    old, new = longer(learned)
+    calls = {"count": 0, "die_at": None}
+
+    def counted(plain):
+        def call(*args, **kwargs):
+            calls["count"] += 1
+            if calls["count"] == calls["die_at"]:
+                raise OSError(28, "No space left on device")
+            return plain(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(disk.os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(disk.Path, "replace", counted(disk.Path.replace))
+    monkeypatch.setattr(disk.Path, "open", counted(disk.Path.open))
+    seen = set()
+    for die_at in range(1, 40):
+        folder = tmp_path / str(die_at)
+        calls["die_at"] = None
+        MaskBank(old.manifest, blobs=old._blobs).save_pretrained(folder)
+        held = MaskBank(new.manifest, folder=folder, blobs=new._blobs)
+        calls.update(count=0, die_at=die_at)
+        with contextlib.suppress(OSError):
+            held.save_pretrained(folder)
+        finished, calls["die_at"] = calls["count"] < die_at, None
+        opened = MaskBank.from_pretrained(folder)
+        for task in opened.manifest.tasks:
+            opened._tensors(task)
+        seen.add(opened.digest)
+        assert opened.digest in (old.digest, new.digest)
+        if finished:
+            break
+    assert finished
+    assert seen == {old.digest, new.digest}
+
+
+def test_a_rival_that_saved_first_wins_and_the_other_is_told(learned, tmp_path):
+    old, new = longer(learned)
+    old.save_pretrained(tmp_path / "bank")
+    rival = MaskBank(new.manifest, blobs=new._blobs)
+    with pytest.raises(BankConflictError, match="extend"):
+        rival.save_pretrained(tmp_path / "bank")
+    assert MaskBank.from_pretrained(tmp_path / "bank").digest == old.digest
+
+
+def test_saving_sweeps_what_no_manifest_names_and_nothing_else(learned, copy):
+    (copy / "task-00009-0123456789abcdef.safetensors").write_bytes(b"old")
+    (copy / "notes.txt").write_text("mine")
+    MaskBank.from_pretrained(copy).save_pretrained(copy)
+    assert not (copy / "task-00009-0123456789abcdef.safetensors").exists()
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_holds_other_things_is_not_taken(learned, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BankError, match=r"notes\.txt"):
+        learned[1].save_pretrained(tmp_path)
+
+
+# --- the format, pinned ---------------------------------------------------------------------------------------
+
+
+def test_the_manifest_has_these_very_bytes():
+    manifest = Manifest(
+        generation=3,
+        base=BaseEntry("a/b", None, "float32", "f" * 64, None),
+        store=StoreEntry("delta", 7, 1.5, {"x.y": 0.25}, ["y"], ["classifier"], False),
+        tasks=[],
+        next_index=0,
+        environment={"torch": "2"},
+    )
+    body = (
+        b'"base":{"dtype":"float32","fingerprint":"' + b"f" * 64 + b'","id":"a/b","revision":null,"tokenizer":null},'
+        b'"environment":{"torch":"2"},"format":"hf_cl-bank","generation":3,"next_index":0,"store":{"compose":"delta",'
+        b'"head":["classifier"],"scale":1.5,"scales":{"x.y":0.25},"seed":7,"targets":["y"],"train_norms":false},'
+        b'"tasks":[],"version":1}'
+    )
+    digest = hashlib.sha256(b"{" + body).hexdigest().encode()
+    assert manifest.to_bytes() == b'{"digest":"' + digest + b'",' + body
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
