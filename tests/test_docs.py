@@ -49,7 +49,7 @@ def test_the_first_code_stands_within_thirty_lines():
 
 @pytest.mark.slow
 @needs_encoder
-@pytest.mark.parametrize("code", blocks("python"), ids=["learner", "peft"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["learner", "bank", "peft"])
 def test_a_python_example_runs(code, place):
     (place / "example.py").write_text(code, "utf-8")
     run([sys.executable, "example.py"], place)

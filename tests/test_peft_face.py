@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from masked import LABELS, NAMES, WEIGHTS, changed, config, finish, load, logits, mixed, move, rows, state
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, Trainer
 
 from hf_cl import OwnershipCallback
@@ -207,13 +207,14 @@ def test_what_is_merged_and_unloaded_without_a_name_is_the_active_task_with_its_
     assert plain.config.label2id == {"good": 0, "bad": 1, "ugly": 2}
 
 
+@pytest.mark.parametrize("safe", [False, True], ids=["plain", "safe"])
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize("names", [[], ["news", "pets"], ["nobody"]], ids=["none", "two", "unknown"])
-def test_exactly_one_task_can_be_merged(bank, verb, names):
+def test_exactly_one_task_can_be_merged(bank, verb, safe):
     before = state(bank)
-    with pytest.raises(ConfigError, match=f"one task can be merged, found {', '.join(names) or 'none'}"):
-        getattr(bank, verb)(adapter_names=names)
-    assert changed(before, state(bank)) == []
+    for names in ([], ["news", "pets"], ["nobody"]):
+        with pytest.raises(ConfigError, match=f"one task can be merged, found {', '.join(names) or 'none'}"):
+            getattr(bank, verb)(adapter_names=names, safe_merge=safe)
+        assert changed(before, state(bank)) == []
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
@@ -349,6 +350,12 @@ def test_other_outputs_of_a_mixed_batch_are_in_the_order_of_the_rows(bank):
 def test_a_mixed_batch_is_answered_without_a_task_type_too(one):
     model = one(task_type=None)
     model.add_adapter("pets", config(task_type=None, num_labels=2))
+    assert mixed(model.eval(), ["news", "pets"])[1, 2] == -torch.inf
+
+
+def test_a_mixed_batch_is_answered_in_a_plain_wrapper_too(tiny_model):
+    model = PeftModel(tiny_model(), config(), adapter_name="news")
+    model.add_adapter("pets", config(num_labels=2))
     assert mixed(model.eval(), ["news", "pets"])[1, 2] == -torch.inf
 
 

@@ -8,6 +8,7 @@ tensors where a task is called like a part of a path (`query`, `0`): so keys are
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_cl.errors import BaseModelError, OwnershipError
@@ -106,3 +107,14 @@ def _check_own(layer: OwnLayer, adapter: str, arriving: Mapping[str, Tensor], pr
 def file_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 of an adapter's tensors, by the names they have in its file."""
     return digest(sorted(tensors.items()))
+
+
+def is_untouched(tuner: Any, adapter: str) -> bool:
+    """Return whether an adapter is as it was added, head and norms included: removing it loses nothing."""
+    masks = all(_is_first(layer, adapter) for layer in tuner.mask_layers())
+    return masks and all(own.is_untouched(adapter) for own in tuner.own_layers())
+
+
+def _is_first(layer: MaskLinear, adapter: str) -> bool:
+    scores = layer.hfcl_scores[adapter]
+    return scores.is_meta or (layer.phase(adapter) == "mask" and torch.equal(scores, layer.first_scores(adapter)))

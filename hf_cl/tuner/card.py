@@ -40,7 +40,7 @@ def _write(file: Path, config: Any, section: str) -> None:
     if card is None or _EMPTY in card.text:
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n{marked}\n")
     elif START in card.text and END in card.text:
-        card.text = card.text[: card.text.index(START)] + marked + card.text[card.text.index(END) + len(END) :]
+        card.text = card.text[: card.text.index(START)] + marked + card.text[card.text.rindex(END) + len(END) :]
     else:
         card.text = f"{card.text.rstrip()}\n\n{marked}\n"
     data: Any = card.data

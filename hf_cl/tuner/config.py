@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 
 from hf_cl.config import did_you_mean
-from hf_cl.errors import ConfigError
+from hf_cl.errors import ConfigError, OwnershipError
 from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import missing_parameters
 from hf_cl.masks.compose import COMPOSES
@@ -21,6 +22,7 @@ RANKS = ("signed", "magnitude")
 TRAINS = ("nothing", "claimed", "mask")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("own", "shared")
+WEIGHTS = "adapter_model.safetensors"
 SENSELESS = {
     "modules_to_save": "the head is this method's own layer, one a task; name its layers as `head_modules`",
     "target_parameters": "masks cut the weights of linears; name those as `target_modules`",
@@ -97,6 +99,13 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "sha256 of the tensors saved beside this config; filled in when it is saved."}
     )
 
+    from_load: ClassVar[bool] = False
+    """Whether PEFT read it to load an adapter into a model, and has not loaded it yet."""
+    from_file: ClassVar[bool] = False
+    """Whether it was read from a folder, and nothing was loaded from there yet."""
+    saved_as: ClassVar[str | None] = None
+    """The adapter's name when it was saved last; PEFT tells the config where it is saved, and not under which name."""
+
     def __new__(cls, *args: object, **options: object) -> "MaskConfig":
         """Refuse options that other PEFT methods have and this one has not.
 
@@ -119,9 +128,6 @@ class MaskConfig(PeftConfig):
         """
         super().__post_init__()
         self.peft_type = MASK
-        # Without one PEFT would choose a wrapper that calls the base past us, and mixed batches with it.
-        if getattr(self, "task_type", None) is None:
-            self.task_type = "SEQ_CLS"
         kept_count(1, self.density)
         for name, known in (
             ("compose", COMPOSES),
@@ -158,6 +164,30 @@ class MaskConfig(PeftConfig):
         """
         return cls(missing_modules=missing_parameters(info), **options)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "MaskConfig":
+        """Read a saved adapter's options; see `peft.PeftConfig.from_pretrained`.
+
+        Raises:
+            OwnershipError: The tensors beside it cannot be read, which PEFT would find out after adding the adapter.
+        """
+        made: MaskConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        # A config that was saved alone names no tensors, and needs none.
+        if folder.is_dir() and (made.tensors_digest is not None or (folder / WEIGHTS).exists()):
+            try:
+                with safe_open(folder / WEIGHTS, "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise OwnershipError(
+                    f"{folder / WEIGHTS}: cannot be read ({error}). Load it as it was saved."
+                ) from error
+        # PEFT asks so where it is about to load the tensors, too.
+        made.__dict__.update(from_load="ephemeral_gpu_offload" in kwargs, from_file=True)
+        return made
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values; what is a set is written in order, so equal adapters have equal files."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
@@ -166,9 +196,8 @@ class MaskConfig(PeftConfig):
         """Write `adapter_config.json`, and a card that says how to load the folder."""
         super().save_pretrained(save_directory, **kwargs)
         self.tensors_digest = None  # of the file; what is in memory moves on
-        adapter: str | None = getattr(self, "saved_as", None)
-        if adapter is not None:
-            write_cards(self, Path(save_directory), adapter)
+        if self.saved_as is not None:
+            write_cards(self, Path(save_directory), self.saved_as)
 
     @property
     def problem(self) -> str:

@@ -21,7 +21,7 @@ from hf_cl.masks.overlap import overlap_share
 from hf_cl.masks.select import refresh_masks
 from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FREE
-from hf_cl.tuner.adapter_file import adapter_of_key, check_file, file_digest, tensors_of
+from hf_cl.tuner.adapter_file import adapter_of_key, check_file, file_digest, is_untouched, tensors_of
 from hf_cl.tuner.arrival import make_room
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer import MaskLinear
@@ -49,8 +49,6 @@ class MaskModel(BaseTuner):
     _owns: list[OwnLayer] | None = None
     _base_labels: tuple[tuple[str, ...], str | None] = ((), None)
     """Labels and kind of loss of the base's own head, for when no task answers."""
-    _mixed: list[str] | None = None
-    """The adapter of each row while a mixed batch is answered."""
     _fingerprint: str | None = None
     _was_trainable: Sequence[nn.Parameter] = ()
     """What of the base required gradients before it was wrapped."""
@@ -245,7 +243,7 @@ class MaskModel(BaseTuner):
         config.tensors_digest = file_digest(
             {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
         )
-        config.saved_as = adapter_name  # PEFT tells the config where it is saved, and not under which name
+        config.__dict__.update(saved_as=adapter_name)
         return tensors
 
     @classmethod
@@ -262,10 +260,12 @@ class MaskModel(BaseTuner):
         try:
             arriving = check_file(model, tuner, adapter_name, state_dict)
         except HfClError:
-            if config.tensors_digest is not None:  # read from the file's config, so this load has added it
+            read = config.from_file or config.base_fingerprint is not None
+            if config.from_load or (read and is_untouched(tuner, adapter_name)):
                 tuner._take_back(adapter_name)
             raise
         config.tensors_digest = None
+        config.__dict__.update(from_load=False, from_file=False)
         for path, layer in model.named_modules():
             if isinstance(layer, MaskLinear):
                 make_room(layer, arriving, f"{path}.")
@@ -308,8 +308,9 @@ class MaskModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put one task's weights in the base's place; `unmerge_adapter` gives the base's very bits back."""
         self.fingerprint()  # of the base as it is now
-        if safe_merge:
-            self._require_finite(self.active_adapters if adapter_names is None else adapter_names)
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        if safe_merge and len(names) == 1 and names[0] in self.peft_config:
+            self._require_finite(names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_labels()
 
@@ -401,18 +402,24 @@ class MaskModel(BaseTuner):
             raise ConfigError(f"adapter_names: {', '.join(unknown)} is none of {BASE}, {', '.join(self.peft_config)}.")
         if self.training or self.mask_layers()[0].merged:
             raise ConfigError("adapter_names: a mixed batch is for inference, unmerged. Call model.eval() first.")
-        self._mixed = list(names)
+        # On the base itself: a PeftModel without a task type calls it past this tuner.
+        own: dict[str, Any] = self.model.__dict__
+        held = own.get("forward")
+
+        def restore() -> None:
+            own.pop("forward", None)
+            if held is not None:
+                self.model.forward = held
+
+        def mixed(*inputs: Any, **named: Any) -> Any:
+            restore()
+            return run_mixed(self, list(names), inputs, named)
+
+        self.model.forward = mixed
         try:
             yield
         finally:
-            self._mixed = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base with the active task, or each row with its own."""
-        if self._mixed is None:
-            return self.model(*args, **kwargs)
-        names, self._mixed = self._mixed, None
-        return run_mixed(self, names, args, kwargs)
+            restore()
 
     def _tuner_layers(self) -> list[MaskLinear | OwnLayer]:
         return [*self.mask_layers(), *self.own_layers()]

@@ -33,6 +33,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.pretrained: nn.Module | None = None
         self.finished: set[str] = set()
+        self._added: dict[str, list[int]] = {}
 
     def add(self, adapter: str, config: MaskConfig, std: float, *, is_output: bool, head_of: str | None) -> None:
         """Register a new task's copy: a fresh linear, a norm as the base has it, or an earlier task's head.
@@ -52,8 +53,16 @@ class OwnLayer(nn.Module, BaseTunerLayer):
                 rows = config.num_labels if is_output else getattr(self.base_layer, "out_features", None)
             generator = task_generator(config.seed, int(config.task_index or 0), self.name)
             self.hfcl_copy[adapter] = task_copy(self.base_layer, out_features=rows, std=std, generator=generator)
+        self._added[adapter] = self._versions(adapter)
         if config.head_of is not None and not self.is_norm:
             self.finish(adapter)
+
+    def _versions(self, adapter: str) -> list[int]:
+        return [parameter._version for parameter in self.hfcl_copy[adapter].parameters()]
+
+    def is_untouched(self, adapter: str) -> bool:
+        """Return whether nobody has written to an adapter's copy since it was added, as far as torch counts."""
+        return self._versions(adapter) == self._added[adapter]
 
     def finish(self, adapter: str) -> None:
         """Freeze a finished task's copy for good."""
