@@ -25,7 +25,7 @@ from hf_cl.ownership.owner import FREE
 from hf_cl.proof import probe_digest
 from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
 from hf_cl.storage.manifest import BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
-from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests
+from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, encode_layer
 from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
 
 
@@ -286,7 +286,7 @@ class _Opened:
         used = 0
         for place, layer in enumerate(layers):
             shape, device = layer.base_layer.weight.shape, layer.store.owner.device
-            mask, own = self._decode(self._masks[place], shape.numel()).view(shape), None
+            mask, own = self._decode(self._masks[place], shape.numel(), shape[1]).view(shape), None
             kept, most = int(mask.count_nonzero()), kept_count(shape.numel(), self.entry.density)
             if kept > most:
                 raise self.corrupt(f"{layer.path} keeps {kept:,} entries, density {self.entry.density} means {most:,}")
@@ -303,9 +303,9 @@ class _Opened:
         if used != self._values.shape[0]:
             raise self.corrupt(f"{self._values.shape[0]:,} values for {used:,} entries")
 
-    def _decode(self, code: bytes, size: int) -> Tensor:
+    def _decode(self, code: bytes, size: int, row: int | None = None) -> Tensor:
         try:
-            return torch.from_numpy(decode(code, size))
+            return torch.from_numpy(decode(code, size, row))
         except HfClError as error:
             raise self.corrupt(str(error)) from error
 
@@ -348,7 +348,7 @@ def _tuner(model: PeftModel) -> MaskModel:
 def _stored(method: MaskedMethod, index: int) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return a task's tensors, and the bytes of its masks, values and head."""
     adapter, layers = adapter_of(index), method.tuner.mask_layers()
-    masks, tensors = [encode(layer.mask(adapter).cpu().numpy()) for layer in layers], {}
+    masks, tensors = [encode_layer(layer.mask(adapter)) for layer in layers], {}
     tensors["masks"], tensors["mask_lengths"] = _joined(masks)
     if method.config.trains == "claimed":
         owned = [encode(layer.own(adapter).cpu().numpy()) for layer in layers]

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,13 +23,42 @@ masks = st.builds(
 )
 
 
-def accepts_only_what_encode_writes(data: bytes, size: int) -> None:
+def uneven(rows: int, length: int, density: float, shape: float, seed: int) -> np.ndarray:
+    """A mask of `rows` rows, each with a rate of its own: gamma of the given shape around the density."""
+    generator = np.random.default_rng(seed)
+    rates = density * generator.gamma(shape, 1 / shape, (rows, 1))
+    return generator.random((rows, length)) < rates
+
+
+matrices = st.builds(
+    uneven,
+    rows=st.integers(1, 150),
+    length=st.integers(1, 150),
+    density=st.sampled_from([0.005, 0.01, 0.05, 0.2, 0.4]),
+    shape=st.sampled_from([0.3, 1.0, 4.0, 1000.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def bound(size: int, kept: int) -> float:
+    """Bytes that independent entries with this share kept need: the Shannon bound."""
+    share = kept / size
+    return -size * (share * np.log2(share) + (1 - share) * np.log2(1 - share)) / 8
+
+
+def exactly(size: int, density: float, seed: int = 0) -> np.ndarray:
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[np.random.default_rng(seed).choice(size, size=round(density * size), replace=False)] = True
+    return mask
+
+
+def accepts_only_what_encode_writes(data: bytes, size: int, row: int | None = None) -> None:
     try:
-        mask = decode(data, size)
+        mask = decode(data, size, row)
     except RunError:
         return
     assert mask.shape == (size,) and mask.dtype == np.bool_
-    assert encode(mask) == data
+    assert encode(mask, row if data[0] >> 6 == 3 else None) == data
 
 
 @settings(deadline=None)
@@ -73,12 +104,9 @@ def test_a_long_count_and_gaps_are_pinned():
 
 @pytest.mark.parametrize("density", [0.005, 0.01, 0.02, 0.05, 0.1])
 def test_the_bytes_stay_within_five_percent_of_the_shannon_bound(density):
-    kept = round(density * ATTENTION)
-    mask = np.zeros(ATTENTION, dtype=np.bool_)
-    mask[np.random.default_rng(0).choice(ATTENTION, size=kept, replace=False)] = True
-    bound = -ATTENTION * (density * np.log2(density) + (1 - density) * np.log2(1 - density)) / 8
-    assert len(encode(mask)) <= 1.05 * bound
-    assert len(encode(~mask)) <= 1.05 * bound
+    mask = exactly(ATTENTION, density)
+    assert len(encode(mask)) <= 1.05 * bound(ATTENTION, mask.sum())
+    assert len(encode(~mask)) <= 1.05 * bound(ATTENTION, mask.sum())
     assert np.array_equal(decode(encode(mask), ATTENTION), mask)
 
 
@@ -176,3 +204,175 @@ def test_hostile_bytes_are_refused_with_what_was_found(data, size, message):
         return
     with pytest.raises(RunError, match=message):
         decode(data, size)
+
+
+# --- by rows ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(matrices, st.booleans())
+def test_a_mask_coded_by_rows_comes_back_as_it_was(mask, turned):
+    mask = mask.T if turned else mask
+    data = encode(mask, mask.shape[1])
+    back = decode(data, mask.size, mask.shape[1])
+    assert back.dtype == np.bool_ and back.flags.writeable
+    assert np.array_equal(back.reshape(mask.shape), mask)
+    assert len(data) <= len(encode(mask))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (5, 1), (1, 5), (64, 64), (3, 1000), (1000, 3)])
+@pytest.mark.parametrize("kept", ["none", "one", "last", "all"])
+def test_the_smallest_and_plainest_masks_come_back_as_they_were(shape, kept):
+    mask = np.zeros(shape, dtype=np.bool_)
+    if mask.size:
+        mask.reshape(-1)[{"none": slice(0), "one": 0, "last": -1, "all": slice(None)}[kept]] = True
+    back = decode(encode(mask, shape[1]), mask.size, shape[1])
+    assert np.array_equal(back.reshape(shape), mask)
+
+
+# 1 % kept, the rows' rates gamma of this shape: a coder told the gamma would need 0.980, 0.989, 0.962, 0.889 and
+# 0.659 of the bound, by the likelihood of these masks.
+@pytest.mark.parametrize(
+    ("length", "shape", "most"),
+    [(384, 1.5, 0.986), (1536, 4.0, 0.993), (1536, 1.5, 0.966), (1536, 0.5, 0.893), (1536, 0.1, 0.672)],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_uneven_rows_or_columns_cost_less_than_independent_entries(length, shape, most, turned):
+    mask = uneven(384, length, 0.01, shape, seed=0)
+    mask = mask.T if turned else mask
+    data = encode(mask, mask.shape[1])
+    assert len(data) <= most * bound(mask.size, mask.sum())
+    assert np.array_equal(decode(data, mask.size, mask.shape[1]).reshape(mask.shape), mask)
+
+
+@pytest.mark.parametrize(("rows", "row"), [(768, 768), (1536, 384), (384, 1536)])
+@pytest.mark.parametrize("density", [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.385, 0.45, 0.5])
+def test_independent_entries_stay_near_the_shannon_bound(rows, row, density):
+    mask = exactly(ATTENTION, density)
+    limit = bound(ATTENTION, mask.sum())
+    by_rows, flat = encode(mask, row), encode(mask)
+    assert len(flat) <= (1.02 if 0.005 <= density <= 0.1 else 1.05) * limit
+    assert len(by_rows) <= (1.01 if 0.002 <= density <= 0.385 else 1.03) * limit
+    assert np.array_equal(decode(by_rows, ATTENTION, row), mask)
+
+
+ROWS_CODE = bytes.fromhex("c09b62bfff708e13c1552533e4a59b0597c278f69c1ed36fff61990f273d9239ac6dca")
+
+
+def test_the_bytes_by_rows_are_pinned():
+    i, j = np.mgrid[:32, :48]
+    mask = (i % 8 == 0) & ((j**3 + i * j) % 7 < 3)
+    assert encode(mask, 48) == ROWS_CODE
+    assert np.array_equal(decode(ROWS_CODE, mask.size, 48), mask.reshape(-1))
+    # Turned, it is the same but for one bit of the head.
+    assert encode(mask.T, 32) == bytes([ROWS_CODE[0] | 32]) + ROWS_CODE[1:]
+
+
+def test_the_bytes_of_two_segments_a_row_are_pinned():
+    i, j = np.mgrid[:16, :96]
+    data = encode((i % 5 == 0) & ((j**3 + i * j) % 7 < 3), 96).hex()
+    assert data[:50] == "c01bd0014ffa307cc1d7d27a21a1ffeef456b24f318d139c2f"
+    assert data[50:] == "fb2257f45d22c420e16f4d0f247a18aaf661399cd3ef1c7a71b44d1433b3f0c1e8"
+
+
+@settings(deadline=None, max_examples=400)
+@given(matrices, st.data())
+def test_altered_bytes_by_rows_are_refused_or_are_another_masks_encoding(mask, data):
+    row = mask.shape[1]
+    altered = bytearray(encode(mask, row))
+    for _ in range(data.draw(st.integers(1, 3))):
+        altered[data.draw(st.integers(0, len(altered) - 1))] = data.draw(st.integers(0, 255))
+    accepts_only_what_encode_writes(bytes(altered), mask.size, row)
+
+
+def mutated(data: bytes, generator: np.random.Generator) -> bytes:
+    """The bytes with one bit turned, a byte of the head replaced, an end cut off or added, or a part moved."""
+    out = bytearray(data)
+    at = int(generator.integers(len(out)))
+    match int(generator.integers(5)):
+        case 0:
+            out[at] ^= 1 << int(generator.integers(8))
+        case 1:
+            out[at % 6 % len(out)] = int(generator.integers(256))
+        case 2:
+            out = out[:at]
+        case 3:
+            out += generator.bytes(int(generator.integers(1, 20)))
+        case _:
+            out = out[at:] + out[:at]
+    return bytes(out)
+
+
+def test_two_thousand_mutations_are_refused_or_decode_to_the_declared_size():
+    generator = np.random.default_rng(0)
+    forms = set()
+    for turn in range(2000):
+        rows, row = (int(number) for number in generator.integers(1, 120, 2))
+        density, shape = (float(generator.choice(found)) for found in ([0.01, 0.05, 0.2, 0.6], [0.3, 1.0, 50.0]))
+        mask = uneven(rows, row, density, shape, seed=turn)
+        data = encode(mask, row)
+        forms.add(data[0] >> 6)
+        accepts_only_what_encode_writes(mutated(data, generator), mask.size, row if turn % 8 else None)
+    assert forms == {0, 1, 2, 3}
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.binary(max_size=300), st.integers(1, 60), st.integers(1, 60), st.integers(0, 63), st.integers(0, 191))
+def test_arbitrary_bytes_by_rows_are_refused_or_are_a_masks_encoding(tail, rows, row, shape, second):
+    accepts_only_what_encode_writes(bytes([192 | shape, second]) + tail, rows * row, row)
+
+
+@pytest.mark.parametrize("head", [b"\xc0\x3f\x01", b"\xdf\x3f\xd0\x86\x0e", b"\xe0\x7f\xd0\x86\x0e"])
+@pytest.mark.parametrize("length", [40, 3_000, 70_000])
+def test_what_hostile_bytes_take_is_bounded_by_the_declared_size(head, length):
+    data = head + np.random.default_rng(1).bytes(length)
+    decode(encode(exactly(ATTENTION, 0.1), 768), ATTENTION, 768)  # so that tables kept for good are not counted
+    tracemalloc.start()
+    try:
+        with pytest.raises(RunError):
+            decode(data, ATTENTION, 768)
+        assert tracemalloc.get_traced_memory()[1] < 20 * ATTENTION
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("data", "row", "message"),
+    [
+        (ROWS_CODE, None, "mode 3 is none of 0, 1, 2, and the other needs the length of a row"),
+        (ROWS_CODE[:1], 48, "no varint"),
+        (ROWS_CODE[:2] + b"\x00" + ROWS_CODE[3:], 48, "0 entries of 1536 by rows"),
+        (ROWS_CODE[:2] + b"\xe7\x04" + ROWS_CODE[3:], 48, "615 entries of 1536 by rows"),
+        (ROWS_CODE[:1] + b"\xbf" + ROWS_CODE[2:], 48, "counts to 64, 4 rows a coder, for 32 rows of 48"),
+        (ROWS_CODE, 1536, "4 rows a coder, for 1 rows of 1536"),
+        (ROWS_CODE, 1, "counts to 28"),
+        (ROWS_CODE[:12], 48, "72 bits where at least 128"),
+        (ROWS_CODE[:-1], 48, "bits where"),
+        (ROWS_CODE + b"\x00", 48, "bits too many"),
+        (ROWS_CODE[:-1] + b"\xcb", 48, "padding bits"),
+        (ROWS_CODE[:2] + b"\x61" + ROWS_CODE[3:], 48, "97, to 28, are announced"),
+        (b"\xe0" + ROWS_CODE[1:], 32, None),
+        (b"\xc1" + ROWS_CODE[1:], 48, None),
+        (ROWS_CODE, 96, None),
+    ],
+)
+def test_hostile_bytes_by_rows_are_refused_with_what_was_found(data, row, message):
+    if message is None:
+        accepts_only_what_encode_writes(data, 1536, row)
+        return
+    with pytest.raises(RunError, match=message):
+        decode(data, 1536, row)
+
+
+def test_a_flat_encoding_is_read_whether_or_not_a_row_is_given():
+    mask = uneven(384, 384, 0.01, 1.0, seed=0)
+    assert encode(mask, 384)[0] >> 6 == 3 and encode(mask)[0] >> 6 == 1
+    assert np.array_equal(decode(encode(mask), mask.size, 384), decode(encode(mask, 384), mask.size, 384))
+
+
+@pytest.mark.parametrize("row", [0, -4, 3, 17])
+def test_rows_that_do_not_make_up_the_mask_are_refused(row):
+    with pytest.raises(ConfigError, match=f"Rows of {row} do not make up 16 entries"):
+        encode(np.zeros(16, dtype=np.bool_), row)
+    with pytest.raises(ConfigError, match=f"Rows of {row} do not make up 16 entries"):
+        decode(b"\x40\x00", 16, row)

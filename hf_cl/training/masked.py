@@ -31,6 +31,11 @@ def adapter_of(index: int) -> str:
     return f"task{index}"
 
 
+def encode_layer(mask: torch.Tensor) -> bytes:
+    """Return a layer's mask, bool (out, in), coded by its rows."""
+    return encode(mask.cpu().numpy(), mask.shape[1])
+
+
 def digests(tuner: MaskModel, adapter: str) -> dict[str, str]:
     """Return the digests of what a finished task's forward reads: base, masks, values, owners, and head with norms."""
     found: dict[str, list[tuple[str, torch.Tensor]]] = {"masks": [], "values": [], "owners": [], "head": []}
@@ -173,7 +178,7 @@ class MaskedMethod(Method):
     def pack(self, index: int) -> Packed:
         """Return the coded masks with the trained values the task owns, and its head."""
         adapter, layers = adapter_of(index), self.tuner.mask_layers()
-        codes = [encode(layer.mask(adapter).cpu().numpy()) for layer in layers]
+        codes = [encode_layer(layer.mask(adapter)) for layer in layers]
         joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
         task = {"masks": joined, "lengths": torch.tensor([len(code) for code in codes], dtype=torch.int32)}
         if self.config.trains != "nothing":
@@ -204,7 +209,7 @@ class MaskedMethod(Method):
         at = used = 0
         for layer, length in zip(layers, lengths, strict=True):
             shape = layer.base_layer.weight.shape
-            mask = torch.from_numpy(decode(codes[at : at + length], shape.numel())).view(shape)
+            mask = torch.from_numpy(decode(codes[at : at + length], shape.numel(), shape[1])).view(shape)
             at += length
             mine = None
             if values is not None:
