@@ -24,7 +24,7 @@ from hf_cl.masks.select import kept_count
 from hf_cl.ownership.owner import FREE
 from hf_cl.proof import probe_digest
 from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
-from hf_cl.storage.manifest import BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
+from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
 from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, encode_layer
 from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
 
@@ -38,10 +38,23 @@ class MaskBank:
     """
 
     def __init__(
-        self, manifest: Manifest, *, folder: Path | None = None, blobs: Mapping[str, bytes] | None = None
+        self,
+        manifest: Manifest,
+        *,
+        folder: Path | None = None,
+        blobs: Mapping[str, bytes] | None = None,
+        grown_from: str | None = None,
     ) -> None:
-        """Hold a manifest and where its files are; use `from_pretrained` or `from_learner`."""
+        """Hold a manifest and where its files are; use `from_pretrained` or `from_learner`.
+
+        Args:
+            manifest: What the bank says of itself.
+            folder: Where files lie that are not in `blobs`.
+            blobs: Files by name that are in no folder yet.
+            grown_from: Digest of the bank that this one replaces in `folder`; None is its own.
+        """
         self.manifest, self.folder, self._blobs = manifest, folder, dict(blobs or {})
+        self._replaces = grown_from or manifest.digest
 
     @property
     def digest(self) -> str:
@@ -111,14 +124,14 @@ class MaskBank:
         """Write the bank into a folder, whole or not at all; saving into its own folder again is fine.
 
         Raises:
-            BankConflictError: The folder holds another bank.
+            BankConflictError: The folder holds another bank than this one, or the one it has grown from.
         """
         folder = Path(path)
+        held = read_manifest(folder).digest if (folder / MANIFEST).exists() else None
         here = self.folder is not None and folder.resolve() == self.folder.resolve()
-        held = read_manifest(folder).digest if (folder / "bank.json").exists() else None
-        expected = held if here or held == self.digest else None
-        write_bank(folder, self.manifest, self._bytes, expected=expected)
-        self.folder = folder
+        known = {self.digest, self._replaces} if here else {self.digest}
+        write_bank(folder, self.manifest, self._bytes, expected=held if held in known else None)
+        self.folder, self._replaces = folder, self.digest
         return folder
 
     def _bytes(self, entry: FileEntry) -> bytes:

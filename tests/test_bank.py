@@ -321,7 +321,7 @@ def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned
         folder = tmp_path / str(die_at)
         calls["die_at"] = None
         MaskBank(old.manifest, blobs=old._blobs).save_pretrained(folder)
-        held = MaskBank(new.manifest, folder=folder, blobs=new._blobs)
+        held = MaskBank(new.manifest, folder=folder, blobs=new._blobs, grown_from=old.digest)
         calls.update(count=0, die_at=die_at)
         with contextlib.suppress(OSError):
             held.save_pretrained(folder)
@@ -344,6 +344,16 @@ def test_a_rival_that_saved_first_wins_and_the_other_is_told(learned, tmp_path):
     with pytest.raises(BankConflictError, match="extend"):
         rival.save_pretrained(tmp_path / "bank")
     assert MaskBank.from_pretrained(tmp_path / "bank").digest == old.digest
+
+
+def test_a_bank_that_was_replaced_since_it_was_opened_is_not_overwritten(learned, tmp_path):
+    old, new = longer(learned)
+    folder = old.save_pretrained(tmp_path / "bank")
+    opened = MaskBank.from_pretrained(folder)
+    MaskBank(new.manifest, folder=folder, blobs=new._blobs, grown_from=old.digest).save_pretrained(folder)
+    with pytest.raises(BankConflictError, match="extend"):
+        opened.save_pretrained(folder)
+    assert MaskBank.from_pretrained(folder).digest == new.digest
 
 
 def test_saving_sweeps_what_no_manifest_names_and_nothing_else(learned, copy):
