@@ -25,6 +25,7 @@ from hf_cl.ownership.owner import FREE
 from hf_cl.proof import probe_digest
 from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
 from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
+from hf_cl.task_pipeline import TaskPipeline
 from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, encode_layer
 from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
 
@@ -196,6 +197,52 @@ class MaskBank:
         if adapter not in model.peft_config:
             raise ConfigError(f"task {task!r} is not attached to this model. Name it in attach(base, tasks=[...]).")
         _tuner(model).set_adapter(adapter, inference_mode=True)
+
+    def pipeline(self, task: str, model: PeftModel, tokenizer: Any, **options: Any) -> TaskPipeline:
+        """Return a text-classification pipeline that answers with one task's labels.
+
+        Args:
+            task: Its name; it is attached to the model.
+            model: From `attach`; several pipelines can share it.
+            tokenizer: The base's.
+            options: As for `transformers.pipeline`: `device`, `batch_size`, `top_k` and so on.
+        """
+        self.activate(model, task)
+        tuner = _tuner(model)
+        adapter = adapter_of(self._entry(task).index)
+        return TaskPipeline(model=tuner.model, tokenizer=tokenizer, tuner=tuner, adapter=adapter, **options)
+
+    def export(
+        self, task: str, base: Any, path: "str | Path", *, to: str = "checkpoint", tokenizer: Any = None
+    ) -> Path:
+        """Write one task as something that loads without this package, or as a PEFT adapter.
+
+        Args:
+            task: Its name.
+            base: The plain base; a checkpoint takes its weights over, an adapter leaves it unwrapped.
+            path: The folder to write.
+            to: `checkpoint`, a plain transformers classifier with the task's head and labels, or `peft`, an adapter
+                folder with its own and its inherited values.
+            tokenizer: Written beside a checkpoint where given.
+
+        Raises:
+            ConfigError: `to` is neither, the folder is taken, or the bank has no such task.
+        """
+        folder = Path(path)
+        if to not in ("checkpoint", "peft"):
+            raise ConfigError(f"to: {to!r} is not one of checkpoint, peft.")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: is not empty. Choose another folder.")
+        model: Any = self.attach(base, [task])
+        if to == "peft":
+            model.save_pretrained(folder)
+            model.unload()
+            return folder
+        plain = model.merge_and_unload()
+        plain.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder
 
     def verify(self, base: Any) -> list[dict[str, Any]]:
         """Return, for each task, the digests at its commit and now, what moved, and whether its probe agrees.

@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("methods",),
     ("runs", "results", "recipe"),
-    ("learner",),
+    ("learner", "task_pipeline"),
     ("from_recipe", "bank"),
     ("tuning", "evaluate_run"),
     ("train_stream",),

@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from hf_cl import MaskBank, bank
@@ -124,6 +125,74 @@ def test_methods_that_overwrite_or_have_no_masks_give_no_bank(base_folder, tmp_p
     learner.learn(tiny.task("pets"))
     with pytest.raises(BankError, match="keep their run folder"):
         MaskBank.from_learner(learner)
+
+
+# --- use ------------------------------------------------------------------------------------------------------
+
+
+def test_two_pipelines_share_a_model_and_take_turns(learned, base_folder):
+    learner, _, folder, _ = learned
+    opened, loaded = MaskBank.from_pretrained(folder), tiny.fresh(base_folder)
+    model = opened.attach(loaded.model)
+    pets = opened.pipeline("pets", model, loaded.tokenizer)
+    weather = opened.pipeline("weather", model, loaded.tokenizer)
+    texts = ["cat milk", "snow wind", "red dog"]
+    expected = {}
+    for name, pipe in (("pets", pets), ("weather", weather)):
+        expected[name] = [pipe(text)[0] for text in texts]
+        assert {answer["label"] for answer in expected[name]} <= set(tiny.LABELS[name])
+    turns = zip(pets(text for text in texts), weather(text for text in texts), strict=True)
+    for place, (one, other) in enumerate(turns):
+        assert (one["label"], other["label"]) == tuple(expected[name][place]["label"] for name in ("pets", "weather"))
+    learner.activate("pets")
+    encoded = loaded.tokenizer(texts[0], return_tensors="pt")
+    with torch.no_grad():
+        scores = learner.model.eval()(**encoded).logits.softmax(-1)
+    assert expected["pets"][0]["score"] == scores.max().item()
+
+
+def test_a_checkpoint_answers_without_this_package(learned, base_folder, tmp_path):
+    _, _, folder, _ = learned
+    loaded = tiny.fresh(base_folder)
+    out = MaskBank.from_pretrained(folder).export("weather", loaded.model, tmp_path / "out", tokenizer=loaded.tokenizer)
+    code = (
+        "import sys, torch; from safetensors.torch import save_file\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1]); assert 'hf_cl' not in sys.modules\n"
+        "ids = torch.arange(12).view(2, 6) + 4\n"
+        "with torch.no_grad():\n    logits = model(input_ids=ids).logits\n"
+        "save_file({'logits': logits}, sys.argv[2]); print(model.config.id2label)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out), str(tmp_path / "logits")], capture_output=True, text=True, check=True
+    )
+    assert str(dict(enumerate(tiny.LABELS["weather"]))) in done.stdout
+    opened = MaskBank.from_pretrained(folder)
+    model = opened.attach(base(base_folder), ["weather"])
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(12).view(2, 6) + 4).logits
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], logits)
+
+
+def test_a_peft_folder_loads_by_itself_and_leaves_the_base_unwrapped(learned, base_folder, tmp_path):
+    _, _, folder, logits = learned
+    plain = base(base_folder)
+    names = [name for name, _ in plain.named_modules()]
+    out = MaskBank.from_pretrained(folder).export("food", plain, tmp_path / "out", to="peft")
+    assert [name for name, _ in plain.named_modules()] == names
+    model = PeftModel.from_pretrained(plain, out / "task2", adapter_name="food")
+    assert torch.equal(tiny.logits(model), logits["food"])
+
+
+def test_an_export_to_something_else_or_into_a_full_folder_is_refused(learned, base_folder, tmp_path):
+    opened, plain = MaskBank.from_pretrained(learned[2]), base(base_folder)
+    with pytest.raises(ConfigError, match="checkpoint, peft"):
+        opened.export("pets", plain, tmp_path, to="onnx")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        opened.export("pets", plain, tmp_path)
+    assert not hasattr(plain, "peft_config")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
