@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
