@@ -4,29 +4,26 @@ Opening a bank reads its manifest only; attaching a task reads that task's file 
 values it uses. A bank is never changed in place: learning on, or dropping a task, gives a new one.
 """
 
-import itertools
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from hf_cl.errors import BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
+from hf_cl.bank_task import OpenedTask
+from hf_cl.errors import BankCorruptError, BankError, BaseMismatchError, ConfigError
 from hf_cl.learner import ContinualLearner
-from hf_cl.masks.coding import decode, encode
-from hf_cl.masks.select import kept_count
-from hf_cl.ownership.owner import FREE
+from hf_cl.masks.coding import encode
 from hf_cl.proof import probe_digest
 from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
 from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
 from hf_cl.task_pipeline import TaskPipeline
-from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, encode_layer
+from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, join_codes
 from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
 
 
@@ -142,8 +139,8 @@ class MaskBank:
             raise BankError(f"{entry.name}: this bank has neither the file nor a folder to read it from.")
         return read_file(self.folder / entry.name, entry.bytes)
 
-    def _tensors(self, task: TaskEntry) -> dict[str, Tensor]:
-        return tensors_of(task.file, self._bytes(task.file), f"task {task.name!r} ({task.file.name})")
+    def _open(self, task: TaskEntry) -> OpenedTask:
+        return OpenedTask(task, tensors_of(task.file, self._bytes(task.file), f"task {task.name!r} ({task.file.name})"))
 
     # --- onto a base -------------------------------------------------------------------------------
 
@@ -165,7 +162,7 @@ class MaskBank:
         entries.sort(key=lambda entry: entry.index)
         attached = {entry.index for entry in entries}
         needed = sorted({other for entry in entries for other in entry.inherits} - attached)
-        foreign = [_Opened(self._by_index(index), self._tensors(self._by_index(index))) for index in needed]
+        foreign = [self._open(self._by_index(index)) for index in needed]
         model: PeftModel | None = None
         try:
             for entry in entries:
@@ -174,10 +171,10 @@ class MaskBank:
                     model = get_peft_model(base, self._config(entry), adapter_name=adapter)
                     self._require_base(_tuner(model))
                     for opened in foreign:
-                        _lend(_tuner(model), opened)
+                        opened.lend(_tuner(model))
                 else:
                     model.add_adapter(adapter, self._config(entry))
-                _place(_tuner(model), _Opened(entry, self._tensors(entry)), whole=tasks is None)
+                self._open(entry).place(_tuner(model), whole=tasks is None)
         except BaseException:
             if model is not None:
                 model.unload()
@@ -291,6 +288,7 @@ class MaskBank:
             scale=store.scale,
             scales=dict(store.scales),
             target_modules=list(store.targets),
+            exclude_modules=list(store.exclude) or None,
             head_modules=list(store.head),
             train_norms=store.train_norms,
         )
@@ -308,95 +306,6 @@ class MaskBank:
             raise BaseMismatchError("this bank masks other layers than the base has. Load the model it was learned on.")
 
 
-class _Opened:
-    """A task's file, taken apart."""
-
-    def __init__(self, entry: TaskEntry, tensors: dict[str, Tensor]) -> None:
-        self.entry = entry
-        must = {"masks", "mask_lengths"}
-        must |= {"values", "owned", "owned_lengths"} if entry.trains == "claimed" else set()
-        lacking = sorted(must - set(tensors))
-        if lacking:
-            raise self.corrupt(f"its file lacks {', '.join(lacking)}")
-        self._masks = self._cut(tensors.pop("masks"), tensors.pop("mask_lengths"))
-        self._owned, self._values = None, torch.empty(0)
-        if entry.trains == "claimed":
-            self._owned = self._cut(tensors.pop("owned"), tensors.pop("owned_lengths"))
-            self._values = tensors.pop("values").float()
-        self.head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
-        extra = sorted(set(tensors) - {KKT_MEAN})
-        if extra:
-            raise self.corrupt(f"its file brings {', '.join(extra[:3])}, which no task has")
-
-    def corrupt(self, what: str) -> BankCorruptError:
-        """Return the error that names this task and its file."""
-        return BankCorruptError(f"task {self.entry.name!r} ({self.entry.file.name}): {what}. Fetch the bank again.")
-
-    def _cut(self, codes: Tensor, lengths: Tensor) -> list[bytes]:
-        data, sizes = codes.numpy().tobytes(), lengths.tolist()
-        if codes.dtype != torch.uint8 or lengths.ndim != 1 or min(sizes, default=0) < 0 or sum(sizes) != len(data):
-            raise self.corrupt(f"{len(data):,} bytes of codes in parts of {sum(sizes):,}")
-        edges = np.cumsum([0, *sizes]).tolist()
-        return [data[a:b] for a, b in itertools.pairwise(edges)]
-
-    def layers(self, layers: Sequence[MaskLinear]) -> Iterator[tuple[MaskLinear, Tensor, Tensor | None, Tensor]]:
-        """Yield, for each layer: its mask, which of all entries the task owns and trained (or None), their values."""
-        if len(self._masks) != len(layers) or (self._owned is not None and len(self._owned) != len(layers)):
-            raise self.corrupt(f"masks of {len(self._masks)} layers for a base with {len(layers)}")
-        used = 0
-        for place, layer in enumerate(layers):
-            shape, device = layer.base_layer.weight.shape, layer.store.owner.device
-            mask, own = self._decode(self._masks[place], shape.numel(), shape[1]).view(shape), None
-            kept, most = int(mask.count_nonzero()), kept_count(shape.numel(), self.entry.density)
-            if kept > most:
-                raise self.corrupt(f"{layer.path} keeps {kept:,} entries, density {self.entry.density} means {most:,}")
-            size = 0
-            if self._owned is not None:
-                own = torch.zeros(shape, dtype=torch.bool)
-                own[mask] = self._decode(self._owned[place], kept)
-                size = int(own.count_nonzero())
-            values = self._values[used : used + size]
-            if values.shape[0] != size:
-                raise self.corrupt(f"{self._values.shape[0]:,} values end within {layer.path}")
-            used += size
-            yield layer, mask.to(device), None if own is None else own.to(device), values.to(device)
-        if used != self._values.shape[0]:
-            raise self.corrupt(f"{self._values.shape[0]:,} values for {used:,} entries")
-
-    def _decode(self, code: bytes, size: int, row: int | None = None) -> Tensor:
-        try:
-            return torch.from_numpy(decode(code, size, row))
-        except HfClError as error:
-            raise self.corrupt(str(error)) from error
-
-
-def _lend(tuner: MaskModel, opened: _Opened) -> None:
-    """Put the trained values of a task that is not attached where attached ones read them."""
-    for layer, _, own, values in opened.layers(tuner.mask_layers()):
-        if own is not None:
-            layer.lend(own, values)
-
-
-def _place(tuner: MaskModel, opened: _Opened, *, whole: bool) -> None:
-    """Put a task into its adapter: masks, values, owners, head."""
-    entry = opened.entry
-    adapter = adapter_of(entry.index)
-    for layer, mask, own, values in opened.layers(tuner.mask_layers()):
-        free = mask & (layer.store.owner == FREE)
-        if whole and own is not None and not torch.equal(own, free):
-            raise opened.corrupt(f"{layer.path}: it claims entries that an earlier task owns, or leaves free ones")
-        layer.install(adapter, mask, values if own is not None else None, own)
-    held = {f"head.{name}": tensor for name, tensor in tuner.own_tensors(adapter).items()}
-    wrong = [name for name in {*held, *opened.head} if name not in held or name not in opened.head]
-    wrong += [name for name in held if name in opened.head and held[name].shape != opened.head[name].shape]
-    if wrong:
-        raise opened.corrupt(f"its head differs from that of its labels in {', '.join(sorted(wrong)[:3])}")
-    with torch.no_grad():
-        for name, tensor in held.items():
-            tensor.copy_(opened.head[name])
-    tuner.finish(adapter)
-
-
 def _tuner(model: PeftModel) -> MaskModel:
     tuner: Any = model.base_model
     return tuner
@@ -407,25 +316,20 @@ def _tuner(model: PeftModel) -> MaskModel:
 
 def _stored(method: MaskedMethod, index: int) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return a task's tensors, and the bytes of its masks, values and head."""
-    adapter, layers = adapter_of(index), method.tuner.mask_layers()
-    masks, tensors = [encode_layer(layer.mask(adapter)) for layer in layers], {}
-    tensors["masks"], tensors["mask_lengths"] = _joined(masks)
-    if method.config.trains == "claimed":
-        owned = [encode(layer.own(adapter).cpu().numpy()) for layer in layers]
-        tensors["owned"], tensors["owned_lengths"] = _joined(owned)
-        values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
-        tensors["values"] = values.to(getattr(torch, method.config.values_dtype)).cpu()
-    mask_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name != "values")
-    head = {f"head.{name}": tensor.detach().cpu() for name, tensor in method.tuner.own_tensors(adapter).items()}
-    if method.kkt is not None and index in method.kkt.means:
-        head[KKT_MEAN] = method.kkt.means[index]
-    sizes = {"masks": mask_bytes, "values": tensors["values"].nbytes if "values" in tensors else 0}
-    return tensors | head, sizes | {"head": sum(tensor.nbytes for tensor in head.values())}
+    packed, tensors = method.pack(index), {}
+    tensors["masks"], tensors["mask_lengths"] = packed.task["masks"], packed.task["lengths"]
+    if "values" in packed.task:
+        owned = [layer.own(adapter_of(index)).cpu().numpy() for layer in method.tuner.mask_layers()]
+        tensors["owned"], tensors["owned_lengths"] = join_codes([encode(own) for own in owned])
+    masks = _bytes_of(tensors)
+    values = {"values": packed.task["values"]} if "values" in packed.task else {}
+    head = {name if name == KKT_MEAN else f"head.{name}": tensor for name, tensor in packed.head.items()}
+    sizes = {"masks": masks, "values": _bytes_of(values), "head": _bytes_of(head)}
+    return tensors | values | head, sizes
 
 
-def _joined(codes: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
-    return joined, torch.tensor([len(code) for code in codes], dtype=torch.int32)
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _inherits(method: MaskedMethod, index: int) -> list[int]:
@@ -480,7 +384,8 @@ def _store_entry(tuner: MaskModel) -> StoreEntry:
         seed=config.seed,
         scale=float(config.scale),
         scales=dict(config.scales or {}),
-        targets=list(config.target_modules or ()),
+        targets=sorted(config.target_modules or ()),
+        exclude=sorted(config.exclude_modules or ()),
         head=list(config.head_modules or ()),
         train_norms=config.train_norms,
     )

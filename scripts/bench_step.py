@@ -71,8 +71,6 @@ class Way:
         if name == "weight_phase":
             tuner.begin_weight_phase("task")
             self.between = lambda: [layer.write_values() for layer in tuner.mask_layers()]
-            for layer in tuner.mask_layers():
-                layer.hfcl_scores["task"].requires_grad_(True)
         return model  # type: ignore[no-any-return]
 
     def step(self) -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("methods",),
     ("runs", "results", "recipe"),
-    ("learner", "task_pipeline"),
+    ("learner", "task_pipeline", "bank_task"),
     ("from_recipe", "bank"),
     ("tuning", "evaluate_run"),
     ("train_stream",),

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from hf_cl import MaskBank, bank
+from hf_cl import MaskBank, MaskConfig, bank
 from hf_cl.errors import BankConflictError, BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
 from hf_cl.storage import bank_folder, disk
 from hf_cl.storage.manifest import MANIFEST, BaseEntry, Manifest, StoreEntry
@@ -125,6 +125,15 @@ def test_methods_that_overwrite_or_have_no_masks_give_no_bank(base_folder, tmp_p
     learner.learn(tiny.task("pets"))
     with pytest.raises(BankError, match="keep their run folder"):
         MaskBank.from_learner(learner)
+
+
+def test_a_bank_with_linears_left_out_loads_again(base_folder, tmp_path):
+    config = MaskConfig(density=0.3, exclude_modules=["attention.self.key"])
+    learner = tiny.learner(base_folder, config, tmp_path / "out")
+    learner.learn(tiny.task("pets"))
+    logits = tiny.logits(learner.model)
+    folder = MaskBank.from_learner(learner).save_pretrained(tmp_path / "bank")
+    assert torch.equal(tiny.logits(MaskBank.from_pretrained(folder).attach(base(base_folder))), logits)
 
 
 # --- use ------------------------------------------------------------------------------------------------------
@@ -259,7 +268,7 @@ def test_no_damaged_bank_is_loaded(learned, copy, base_folder, kind):
             with pytest.raises(BankCorruptError):
                 opened = MaskBank.from_pretrained(copy)
                 for task in opened.manifest.tasks:
-                    opened._tensors(task)
+                    opened._open(task)
             refused += 1
         (copy / name).write_bytes(whole[name])
     assert refused == 100
@@ -397,7 +406,7 @@ def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned
         finished, calls["die_at"] = calls["count"] < die_at, None
         opened = MaskBank.from_pretrained(folder)
         for task in opened.manifest.tasks:
-            opened._tensors(task)
+            opened._open(task)
         seen.add(opened.digest)
         assert opened.digest in (old.digest, new.digest)
         if finished:
@@ -446,7 +455,7 @@ def test_the_manifest_has_these_very_bytes():
     manifest = Manifest(
         generation=3,
         base=BaseEntry("a/b", None, "float32", "f" * 64, None),
-        store=StoreEntry("delta", 7, 1.5, {"x.y": 0.25}, ["y"], ["classifier"], False),
+        store=StoreEntry("delta", 7, 1.5, {"x.y": 0.25}, ["y"], ["z"], ["classifier"], False),
         tasks=[],
         next_index=0,
         environment={"torch": "2"},
@@ -454,7 +463,7 @@ def test_the_manifest_has_these_very_bytes():
     body = (
         b'"base":{"dtype":"float32","fingerprint":"' + b"f" * 64 + b'","id":"a/b","revision":null,"tokenizer":null},'
         b'"environment":{"torch":"2"},"format":"hf_cl-bank","generation":3,"next_index":0,"store":{"compose":"delta",'
-        b'"head":["classifier"],"scale":1.5,"scales":{"x.y":0.25},"seed":7,"targets":["y"],"train_norms":false},'
+        b'"exclude":["z"],"head":["classifier"],"scale":1.5,"scales":{"x.y":0.25},"seed":7,"targets":["y"],"train_norms":false},'
         b'"tasks":[],"version":1}'
     )
     digest = hashlib.sha256(b"{" + body).hexdigest().encode()

@@ -382,7 +382,7 @@ def test_what_the_head_reads_is_found(family):
     states = []
     model.base_model.register_forward_hook(lambda module, given, output: states.append(output[0]))
     with torch.no_grad():
-        found = head_features(model, head, lambda: model(**inputs), inputs["attention_mask"])
+        found = head_features(head, lambda: model(**inputs), inputs["attention_mask"])
         at = states[0][torch.arange(len(found)), places[READS[family]]]
         if family in POOLED:
             # The same layer on the same rows: a matrix product may sum in another order with other sizes.
@@ -398,7 +398,7 @@ def test_a_decoder_reads_the_last_token_of_a_text_padded_on_the_left(family):
     states = []
     model.base_model.register_forward_hook(lambda module, given, output: states.append(output[0]))
     with torch.no_grad():
-        found = head_features(model, model.score, lambda: model(**inputs), inputs["attention_mask"])
+        found = head_features(model.score, lambda: model(**inputs), inputs["attention_mask"])
         assert torch.equal(found, states[0][:, -1])
         torch.testing.assert_close(model.score(found), model(**inputs).logits, rtol=0, atol=1e-6)
 

@@ -116,12 +116,11 @@ def family_of(model: Any) -> Family:
     )
 
 
-def head_features(model: Any, head: nn.Module, forward: Callable[[], object], attention_mask: Tensor | None) -> Tensor:
+def head_features(head: nn.Module, forward: Callable[[], object], attention_mask: Tensor | None) -> Tensor:
     """Return what the head's first layer reads during a forward, one row a text: (n, d), float32, on the CPU.
 
     Args:
-        model: The plain sequence classifier; its family says which position counts where the head reads all.
-        head: The first layer of its head.
+        head: The first layer of a sequence classifier's head.
         forward: Runs the model once on the texts.
         attention_mask: (n, length), 1 at real tokens; None where there is no padding.
     """
@@ -132,12 +131,9 @@ def head_features(model: Any, head: nn.Module, forward: Callable[[], object], at
     finally:
         handle.remove()
     features = found[0]
-    if features.ndim == 3:  # the head reads every position, and the model then takes one
-        family = FAMILIES.get(model.config.model_type)
-        place = torch.zeros(features.shape[0], dtype=torch.long, device=features.device)
-        if family is None or family.pooling != "first":
-            length = torch.arange(features.shape[1], device=features.device)
-            seen = torch.ones_like(features[..., 0]) if attention_mask is None else attention_mask
-            place = (length * seen.to(length.dtype)).argmax(-1)
-        features = features[torch.arange(features.shape[0], device=features.device), place]
+    if features.ndim == 3:  # the head reads every position, and the model then takes that of the last real token
+        place = torch.arange(features.shape[1], device=features.device)
+        last = torch.full_like(features[:, 0, 0], features.shape[1] - 1, dtype=torch.long)
+        last = last if attention_mask is None else (place * attention_mask.long()).argmax(-1)
+        features = features[torch.arange(features.shape[0], device=features.device), last]
     return features.float().cpu()

@@ -51,13 +51,14 @@ class BaseEntry:
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """What is fixed for a bank's life: the form, the seed, each layer's magnitude, targets, head layers, norms."""
+    """What is fixed for a bank's life: the form, the seed, each layer's magnitude, which layers, head, norms."""
 
     compose: str
     seed: int
     scale: float
     scales: dict[str, float]
     targets: list[str]
+    exclude: list[str]
     head: list[str]
     train_norms: bool
 

@@ -110,4 +110,4 @@ def _features(tuner: MaskModel, adapter: str | None, batches: list[dict[str, Ten
 
 def _batch_features(tuner: MaskModel, head: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    return head_features(tuner.model, head, lambda: tuner(**inputs), inputs.get("attention_mask"))
+    return head_features(head, lambda: tuner(**inputs), inputs.get("attention_mask"))

@@ -31,9 +31,10 @@ def adapter_of(index: int) -> str:
     return f"task{index}"
 
 
-def encode_layer(mask: torch.Tensor) -> bytes:
-    """Return a layer's mask, bool (out, in), coded by its rows."""
-    return encode(mask.cpu().numpy(), mask.shape[1])
+def join_codes(codes: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes as one uint8 tensor, and the bytes of each, int32."""
+    joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
+    return joined, torch.tensor([len(code) for code in codes], dtype=torch.int32)
 
 
 def digests(tuner: MaskModel, adapter: str) -> dict[str, str]:
@@ -178,9 +179,9 @@ class MaskedMethod(Method):
     def pack(self, index: int) -> Packed:
         """Return the coded masks with the trained values the task owns, and its head."""
         adapter, layers = adapter_of(index), self.tuner.mask_layers()
-        codes = [encode_layer(layer.mask(adapter)) for layer in layers]
-        joined = torch.frombuffer(bytearray(b"".join(codes)), dtype=torch.uint8)
-        task = {"masks": joined, "lengths": torch.tensor([len(code) for code in codes], dtype=torch.int32)}
+        masks = [layer.mask(adapter).cpu().numpy() for layer in layers]
+        codes, lengths = join_codes([encode(mask, mask.shape[1]) for mask in masks])
+        task = {"masks": codes, "lengths": lengths}
         if self.config.trains != "nothing":
             values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
             task["values"] = values.to(getattr(torch, self.config.values_dtype)).cpu()

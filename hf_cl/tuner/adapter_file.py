@@ -31,12 +31,6 @@ def adapter_of_key(key: str) -> tuple[str, str] | None:
     return ".".join(parts[:place] + parts[place + 1 :]), parts[place]
 
 
-def tensors_of(state: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """Return one adapter's entries of a model's state dict, under their full keys."""
-    split = {key: adapter_of_key(key) for key in state}
-    return {key: state[key] for key, found in split.items() if found is not None and found[1] == adapter}
-
-
 def keys_for(state: Mapping[str, Tensor], adapter: str) -> dict[str, str]:
     """Return, for each key of the adapter's file, the model's own key."""
     split = {key: adapter_of_key(key) for key in state}
@@ -57,7 +51,8 @@ def check_file(root: nn.Module, tuner: Any, adapter: str, stored: Mapping[str, T
         OwnershipError: A tensor is missing, unexpected, of the wrong size, or disagrees with loaded tasks.
     """
     config: MaskConfig = tuner.peft_config[adapter]
-    keys = keys_for(root.state_dict(), adapter)
+    held = root.state_dict()
+    keys = keys_for(held, adapter)
     missing, unexpected = sorted(set(keys) - set(stored)), sorted(set(stored) - set(keys))
     if missing or unexpected:
         raise OwnershipError(
@@ -66,7 +61,6 @@ def check_file(root: nn.Module, tuner: Any, adapter: str, stored: Mapping[str, T
             f"another model, with other `target_modules`, or is damaged: load it on the model it was learned on."
         )
     arriving = {keys[name]: tensor for name, tensor in stored.items()}
-    held = root.state_dict()
     cast = [name for name, key in keys.items() if arriving[key].dtype != held[key].dtype]
     if cast:
         raise OwnershipError(

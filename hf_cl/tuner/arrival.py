@@ -75,11 +75,7 @@ def check_arriving(layer: Any, adapter: str, tensors: Mapping[str, Tensor]) -> N
     committed = not tensors["hfcl_scores"].numel()
     expected: dict[str, tuple[int, ...]] = {"hfcl_bits": (-(-size // 8),), "hfcl_threshold": (1,)}
     if committed:
-        mask = (
-            unpack(tensors["hfcl_bits"], tuple(weight.shape)) if sizes["hfcl_bits"] == expected["hfcl_bits"] else None
-        )
-        kept = 0 if mask is None else int(mask.count_nonzero())
-        own = int(unpack(tensors["hfcl_where"], (8 * tensors["hfcl_where"].numel(),)).count_nonzero())
+        kept, own = _bits(tensors["hfcl_bits"]), _bits(tensors["hfcl_where"])
         trained = tensors["hfcl_owned"].numel() > 0
         expected |= {"hfcl_values": (0,), "hfcl_where": (-(-kept // 8),), "hfcl_inherited": (kept - own,)}
         expected |= {"hfcl_owned": (own if trained else 0,)}

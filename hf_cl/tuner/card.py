@@ -59,7 +59,7 @@ def _write(file: Path, config: Any, section: str) -> None:
 def _section(config: Any, adapter: str, subfolder: str | None) -> str:
     base = config.base_model_name_or_path or "the base"
     where = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
-    about = f"`{adapter}`: a masked adapter of [hf_cl](https://pypi.org/project/hf-cl/) on `{base}`"
+    about = f"`{adapter}`: a masked adapter of the package hf-cl on `{base}`"
     if subfolder is None and config.saved_as == adapter:
         labels = ", ".join(" ".join(label.split()) for label in config.labels)
         about += f", task number {config.task_index}, with the labels {labels}"

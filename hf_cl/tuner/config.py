@@ -94,7 +94,6 @@ class MaskConfig(PeftConfig):
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the base the task was learned on; filled in when it is saved."}
     )
-
     tensors_digest: str | None = field(
         default=None, metadata={"help": "sha256 of the tensors saved beside this config; filled in when it is saved."}
     )

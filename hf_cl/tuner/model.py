@@ -3,7 +3,7 @@
 Everything here names a task by its adapter: its file, which task answers, merging, mixed batches, its phases.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_cl.errors import ConfigError, HfClError, OwnershipError
 from hf_cl.layers.heads import follow_labels
 from hf_cl.masks.select import refresh_masks
-from hf_cl.tuner.adapter_file import adapter_of_key, check_file, file_digest, is_untouched, tensors_of
+from hf_cl.tuner.adapter_file import adapter_of_key, check_file, file_digest, is_untouched, keys_for
 from hf_cl.tuner.arrival import make_room
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.injection import Injection
@@ -41,13 +41,12 @@ class MaskModel(Injection):
     ) -> dict[str, Tensor]:
         """Return the adapter's tensors; PEFT's own choice by name is not used, it drops keys of other names."""
         tuner: MaskModel = getattr(model, "base_model", model)
-        tensors = tensors_of(model.state_dict(), adapter_name)
+        state = model.state_dict()
+        keys = keys_for(state, adapter_name)
         config.base_fingerprint = tuner.fingerprint()
-        config.tensors_digest = file_digest(
-            {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
-        )
+        config.tensors_digest = file_digest({name: state[key] for name, key in keys.items()})
         config.__dict__.update(saved_as=adapter_name)
-        return tensors
+        return {key: state[key] for key in keys.values()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -69,6 +68,7 @@ class MaskModel(Injection):
             raise
         config.tensors_digest = None
         config.__dict__.update(from_load=False, from_file=False)
+        # Before PEFT compares sizes: with `ignore_mismatched_sizes` it would drop what does not fit yet.
         for path, layer in model.named_modules():
             if isinstance(layer, MaskLinear):
                 make_room(layer, arriving, f"{path}.")
@@ -107,26 +107,19 @@ class MaskModel(Injection):
         self.fingerprint()  # of the base as it is now
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         if safe_merge and len(names) == 1 and names[0] in self.peft_config:
-            self._require_finite(names)
+            self._require_finite(names[0])
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_labels()
 
-    def _require_finite(self, adapters: list[str]) -> None:
+    def _require_finite(self, adapter: str) -> None:
         """Refuse to merge a task whose weights are not finite, before any layer is merged.
 
         Raises:
             ConfigError: Names the layer.
         """
-        for adapter in adapters:
-            for layer in self.mask_layers():
-                with layer.answering(adapter):
-                    weights: dict[str, Tensor] = {layer.path: layer.store.weight.clone()}
-                self._refuse_infinite(adapter, weights)
-            self._refuse_infinite(adapter, self.own_tensors(adapter))
-
-    @staticmethod
-    def _refuse_infinite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        with self.answering(adapter):
+            tensors = {layer.path: layer.store.weight for layer in self.mask_layers()} | self.own_tensors(adapter)
+            bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if bad:
             raise ConfigError(f"{bad[0]}: adapter {adapter!r} has values that are not finite. It is not merged.")
 
@@ -156,7 +149,7 @@ class MaskModel(Injection):
                 f"{', '.join(self.peft_config)}. Name one as adapter_names=[...]."
             )
         if merge and safe_merge:
-            self._require_finite(names)
+            self._require_finite(names[0])
         labels = (self.peft_config[names[0]].labels, self.peft_config[names[0]].problem) if merge else self._base_labels
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=list(names) if merge else None
