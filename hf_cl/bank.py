@@ -1,30 +1,38 @@
 """`MaskBank`: what a finished stream knows, as one thing to keep, verify, share and serve.
 
-Opening a bank reads its manifest only; attaching a task reads that task's file and those of the tasks whose trained
+Opening a bank reads its manifest only; activating a task reads that task's file and those of the tasks whose trained
 values it uses. A bank is never changed in place: learning on, or dropping a task, gives a new one.
 """
 
-import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from hf_cl.bank_task import OpenedTask
-from hf_cl.errors import BankCorruptError, BankError, BaseMismatchError, ConfigError
+from hf_cl import plugins
+from hf_cl.config import read
+from hf_cl.errors import BankError, BaseMismatchError, ConfigError
+from hf_cl.layers.base import Base, tokenizer_fingerprint
 from hf_cl.learner import ContinualLearner
-from hf_cl.masks.coding import encode
-from hf_cl.proof import probe_digest
-from hf_cl.storage.bank_folder import read_file, read_manifest, task_blob, tensors_of, write_bank
-from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, TaskEntry
+from hf_cl.ownership.digest import digest, task_digest
+from hf_cl.packing.drop import drop_task
+from hf_cl.packing.opened import OpenedTask
+from hf_cl.packing.proof import digests_of
+from hf_cl.packing.shelf import config_of, entry_of, open_entry
+from hf_cl.proof import TOLERANCE, probe_difference, probe_logits
+from hf_cl.storage.bank_folder import FolderReader, Reader, read_manifest, write_bank
+from hf_cl.storage.hub import HubPlace, is_repo, open_repo
+from hf_cl.storage.hub_push import push_bank
+from hf_cl.storage.manifest import MANIFEST, FileEntry, Manifest, TaskEntry, Tombstone
 from hf_cl.task_pipeline import TaskPipeline
-from hf_cl.training.masked import KKT_MEAN, MaskedMethod, adapter_of, digests, join_codes
-from hf_cl.tuner import MaskConfig, MaskLinear, MaskModel
+from hf_cl.training.masked import adapter_of, digests
+from hf_cl.tuner import MaskModel
 
 
 class MaskBank:
@@ -40,6 +48,7 @@ class MaskBank:
         manifest: Manifest,
         *,
         folder: Path | None = None,
+        read: Reader | None = None,
         blobs: Mapping[str, bytes] | None = None,
         grown_from: str | None = None,
     ) -> None:
@@ -47,11 +56,13 @@ class MaskBank:
 
         Args:
             manifest: What the bank says of itself.
-            folder: Where files lie that are not in `blobs`.
-            blobs: Files by name that are in no folder yet.
-            grown_from: Digest of the bank that this one replaces in `folder`; None is its own.
+            folder: The folder it was read from or saved to.
+            read: Gives the bytes of files that are not in `blobs`.
+            blobs: Files by name that are nowhere else yet.
+            grown_from: Digest of the bank that this one replaces in `folder`, or on the Hub; None is its own.
         """
         self.manifest, self.folder, self._blobs = manifest, folder, dict(blobs or {})
+        self._read = read
         self._replaces = grown_from or manifest.digest
 
     @property
@@ -68,7 +79,7 @@ class MaskBank:
 
     @classmethod
     def from_learner(cls, learner: ContinualLearner, *, base_id: str | None = None) -> "MaskBank":
-        """Return the bank of what a learner has learned.
+        """Return the bank of what a learner has learned; one that went on from a bank gives that one, grown.
 
         Args:
             learner: Has learned at least one task by a masked method that never overwrites (`supsup`, `exssnet`).
@@ -77,46 +88,60 @@ class MaskBank:
         Raises:
             BankError: The learner's method writes no bank, or nothing was learned.
         """
-        method = learner.method
-        if not isinstance(method, MaskedMethod) or method.config.trains == "mask" or not learner.records:
-            raise BankError(
-                f"{learner.method_name}: gives no bank. A bank holds tasks of a masked method that never overwrites "
-                f"(supsup, exssnet, a MaskConfig), at least one; other methods keep their run folder."
-            )
-        blobs: dict[str, bytes] = {}
-        tasks = []
-        for index, record in enumerate(learner.records):
-            tensors, sizes = _stored(method, index)
-            entry, data = task_blob(index, tensors)
-            blobs[entry.name] = data
-            tasks.append(_task_entry(method, index, record, learner, entry, sizes))
-        manifest = Manifest(
-            generation=0,
-            base=_base_entry(learner, base_id),
-            store=_store_entry(method.tuner),
-            tasks=tasks,
-            next_index=len(tasks),
-            environment=_environment(),
+        manifest, blobs = learner.grown(base_id)
+        before = learner.bank
+        return cls(
+            manifest,
+            folder=learner.bank_folder,
+            read=learner.read,
+            blobs=blobs,
+            grown_from=before.digest if before is not None else None,
         )
-        return cls(manifest, blobs=blobs)
 
     @classmethod
-    def from_pretrained(cls, path: "str | Path", *, expected_digest: str | None = None) -> "MaskBank":
-        """Open a bank's folder; only its manifest is read.
+    def from_pretrained(
+        cls,
+        path_or_repo_id: "str | Path",
+        *,
+        revision: str | None = None,
+        expected_digest: str | None = None,
+        token: "str | bool | None" = None,
+        cache_dir: "str | Path | None" = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "MaskBank":
+        """Open a bank in a folder, or in a repository of the Hub; only its manifest is read.
+
+        A repository is read at one commit, whatever is pushed meanwhile; its other files are downloaded when a task
+        needs them. The options but `expected_digest` are those of any `from_pretrained`, and for a repository.
 
         Args:
-            path: The folder.
+            path_or_repo_id: The folder; where there is none, the repository.
+            revision: Branch, tag or commit; None is the main branch. A commit pins the content.
             expected_digest: What its `digest` must be: pins the content, whoever wrote it.
+            token: Sent to the Hub; None is the one that is logged in, False none.
+            cache_dir: Where downloads are kept; None is the Hub's own cache.
+            local_files_only: Ask the Hub for nothing.
+            force_download: Download again what is in the cache.
 
         Raises:
             BankCorruptError: It is no bank, or its manifest is damaged.
-            BankError: Its digest is not the expected one.
+            BankError: Its digest is not the expected one, or the Hub does not give it.
+            ConfigError: It can be neither a folder nor a repository.
         """
-        folder = Path(path)
-        manifest = read_manifest(folder)
+        folder, read = None, None
+        if is_repo(path_or_repo_id, revision):
+            place = HubPlace(str(path_or_repo_id), token, cache_dir, local_files_only)
+            read = open_repo(place, revision, force_download=force_download)
+            manifest = read.manifest
+        else:
+            folder = Path(path_or_repo_id)
+            manifest = read_manifest(folder)
         if expected_digest is not None and manifest.digest != expected_digest:
-            raise BankError(f"{folder}: its digest is {manifest.digest}, expected {expected_digest}. Do not use it.")
-        return cls(manifest, folder=folder)
+            raise BankError(
+                f"{path_or_repo_id}: its digest is {manifest.digest}, expected {expected_digest}. Do not use it."
+            )
+        return cls(manifest, folder=folder, read=FolderReader(folder) if folder is not None else read)
 
     def save_pretrained(self, path: "str | Path") -> Path:
         """Write the bank into a folder, whole or not at all; saving into its own folder again is fine.
@@ -129,18 +154,63 @@ class MaskBank:
         here = self.folder is not None and folder.resolve() == self.folder.resolve()
         known = {self.digest, self._replaces} if here else {self.digest}
         write_bank(folder, self.manifest, self._bytes, expected=held if held in known else None)
-        self.folder, self._replaces = folder, self.digest
+        self.folder, self._read, self._blobs, self._replaces = folder, FolderReader(folder), {}, self.digest
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: "str | bool | None" = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        base_id: str | None = None,
+    ) -> CommitInfo:
+        """Make a repository of the Hub hold this bank, by one commit or none, with a card that says how to load it.
+
+        Args:
+            repo_id: The repository, as `name/bank`; it is made if it is not there.
+            token: Sent to the Hub; None is the one that is logged in.
+            private: Whether a repository that is made is private.
+            revision: The branch; it is made if it is not there. None is the main one.
+            create_pr: Open a pull request instead.
+            commit_message: Of the commit; None says how many tasks.
+            base_id: Hub id of the base, for the card, where the bank was learned on a local folder.
+
+        Returns:
+            The commit that holds the bank; the head where the repository holds this very bank already.
+
+        Raises:
+            BankConflictError: The repository holds a bank that this one has not grown from. Pull that one, extend it,
+                and push.
+            BankCorruptError: A file of this bank is not what its manifest says; nothing is pushed.
+            BankError: The Hub refuses it, or cannot be reached; the message says whether the commit is there.
+            ConfigError: `repo_id`, `revision` or `base_id` is none.
+        """
+        return push_bank(
+            repo_id,
+            self.manifest,
+            self._bytes,
+            known={self._replaces},
+            base_id=base_id,
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
 
     def _bytes(self, entry: FileEntry) -> bytes:
         if entry.name in self._blobs:
             return self._blobs[entry.name]
-        if self.folder is None:
-            raise BankError(f"{entry.name}: this bank has neither the file nor a folder to read it from.")
-        return read_file(self.folder / entry.name, entry.bytes)
+        if self._read is None:
+            raise BankError(f"{entry.name}: this bank has neither the file nor a place to read it from.")
+        return self._read(entry)
 
-    def _open(self, task: TaskEntry) -> OpenedTask:
-        return OpenedTask(task, tensors_of(task.file, self._bytes(task.file), f"task {task.name!r} ({task.file.name})"))
+    def _open(self, entry: TaskEntry | Tombstone) -> OpenedTask:
+        return open_entry(entry, self._bytes)
 
     # --- onto a base -------------------------------------------------------------------------------
 
@@ -149,7 +219,7 @@ class MaskBank:
 
         Args:
             base: The plain sequence classifier the bank was learned on; it is wrapped in place.
-            tasks: Their names; None is all. With fewer than all the model answers, and is not for learning on.
+            tasks: Their names; None is all. One that is left out is read when it is activated.
 
         Raises:
             BaseMismatchError: It is another base.
@@ -160,21 +230,20 @@ class MaskBank:
         if not entries:
             raise ConfigError("tasks: none named. Name at least one of " + ", ".join(self.tasks) + ".")
         entries.sort(key=lambda entry: entry.index)
-        attached = {entry.index for entry in entries}
-        needed = sorted({other for entry in entries for other in entry.inherits} - attached)
-        foreign = [self._open(self._by_index(index)) for index in needed]
         model: PeftModel | None = None
         try:
-            for entry in entries:
-                adapter = adapter_of(entry.index)
+            for entry in self.manifest.entries if tasks is None else entries:
+                if isinstance(entry, Tombstone):
+                    continue
                 if model is None:
-                    model = get_peft_model(base, self._config(entry), adapter_name=adapter)
+                    model = get_peft_model(base, config_of(self.manifest, entry), adapter_name=adapter_of(entry.index))
                     self._require_base(_tuner(model))
-                    for opened in foreign:
-                        opened.lend(_tuner(model))
+                    if tasks is None:
+                        for left in self.manifest.tombstones:
+                            self._open(left).occupy(_tuner(model), self.manifest.store)
                 else:
-                    model.add_adapter(adapter, self._config(entry))
-                self._open(entry).place(_tuner(model), whole=tasks is None)
+                    model.add_adapter(adapter_of(entry.index), config_of(self.manifest, entry))
+                self._place(model, entry, whole=tasks is None)
         except BaseException:
             if model is not None:
                 model.unload()
@@ -184,26 +253,66 @@ class MaskBank:
         self.activate(model, entries[0].name)
         return model
 
+    def _place(self, model: PeftModel, entry: TaskEntry, *, whole: bool) -> None:
+        """Put a task into its added adapter, and what it reads of tasks that are not attached into the store."""
+        if not whole:
+            for index in entry.inherits:
+                if adapter_of(index) not in model.peft_config:
+                    self._open(entry_of(self.manifest, index)).lend(_tuner(model), self.manifest.store)
+        self._open(entry).place(_tuner(model), self.manifest.store, whole=whole)
+
     def activate(self, model: PeftModel, task: str) -> None:
-        """Make a task the one that an attached model answers.
+        """Make a task the one that an attached model answers; it is read first if it was left out.
 
         Raises:
-            ConfigError: The bank has no such task, or it is not attached.
+            ConfigError: The bank has no such task.
+            BankCorruptError: Its file is not what the manifest says.
+        """
+        entry = self._entry(task)
+        adapter = adapter_of(entry.index)
+        if adapter not in model.peft_config:
+            model.add_adapter(adapter, config_of(self.manifest, entry))
+            try:
+                self._place(model, entry, whole=False)
+            except BaseException:
+                model.delete_adapter(adapter)
+                raise
+            model.eval()
+        model.set_adapter(adapter, inference_mode=True)
+
+    def detach(self, model: PeftModel, task: str) -> None:
+        """Take a task that is not the active one out of an attached model; `activate` reads it again.
+
+        Raises:
+            ConfigError: The bank has no such task, or it is active.
         """
         adapter = adapter_of(self._entry(task).index)
-        if adapter not in model.peft_config:
-            raise ConfigError(f"task {task!r} is not attached to this model. Name it in attach(base, tasks=[...]).")
-        _tuner(model).set_adapter(adapter, inference_mode=True)
+        if adapter in _tuner(model).active_adapters:
+            raise ConfigError(f"task {task!r}: is active. Activate another one first.")
+        if adapter in model.peft_config:
+            _tuner(model).leave(adapter)
+
+    def adapter_names(self, tasks: Sequence[str]) -> list[str]:
+        """Return the adapters of tasks, one a row of a mixed batch: `model(**inputs, adapter_names=...)`.
+
+        Raises:
+            ConfigError: The bank has no such task.
+        """
+        return [adapter_of(self._entry(task).index) for task in tasks]
 
     def pipeline(self, task: str, model: PeftModel, tokenizer: Any, **options: Any) -> TaskPipeline:
         """Return a text-classification pipeline that answers with one task's labels.
 
         Args:
-            task: Its name; it is attached to the model.
+            task: Its name.
             model: From `attach`; several pipelines can share it.
             tokenizer: The base's.
             options: As for `transformers.pipeline`: `device`, `batch_size`, `top_k` and so on.
+
+        Raises:
+            BaseMismatchError: The tokenizer is not the one the bank was learned with.
         """
+        self._require_tokenizer(tokenizer)
         self.activate(model, task)
         tuner = _tuner(model)
         adapter = adapter_of(self._entry(task).index)
@@ -241,57 +350,109 @@ class MaskBank:
             tokenizer.save_pretrained(folder)
         return folder
 
-    def verify(self, base: Any) -> list[dict[str, Any]]:
-        """Return, for each task, the digests at its commit and now, what moved, and whether its probe agrees.
+    # --- proof ---------------------------------------------------------------------------------------
+
+    def verify(self, base: Any = None) -> list[dict[str, Any]]:
+        """Return, for each task, its digest at its commit and now, what moved, and whether its probe agrees.
+
+        Without a base, digests come from the files alone: every file is read, owners are worked out anew. With one,
+        the base's own digest is compared too, and the stored probe is run: `same_logits` says whether its logits are
+        those at the commit bit for bit, as in the recorded environment they are; `difference` how far they are off as
+        a share of the largest, and `close` whether that is within `hf_cl.proof.TOLERANCE`.
 
         Args:
             base: The plain base; it is wrapped meanwhile, and unwrapped again.
+
+        Raises:
+            BankCorruptError: A file is not what the manifest says, or two tasks own one entry.
+            BaseMismatchError: It is another base.
         """
-        model = self.attach(base)
-        tuner, found = _tuner(model), []
-        try:
-            for entry in self.manifest.tasks:
-                self.activate(model, entry.name)
-                parts = digests(tuner, adapter_of(entry.index))
-                moved = sorted(part for part in {*parts, *entry.parts} if parts.get(part) != entry.parts.get(part))
-                same = probe_digest(model) == entry.probe
-                found.append({"name": entry.name, "moved": moved, "same_logits": same})
-        finally:
-            model.unload()
+        opened = {entry.index: self._open(entry) for entry in self.manifest.entries}
+        proved = digests_of(self.manifest, [*opened.values()])
+        logits: dict[int, dict[str, Any]] = {}
+        if base is not None:
+            model = self.attach(base)
+            try:
+                for entry in self.manifest.tasks:
+                    self.activate(model, entry.name)
+                    proved[entry.index] = digests(_tuner(model), adapter_of(entry.index))
+                    logits[entry.index] = _compared(probe_logits(model), opened[entry.index].probe, entry, model.dtype)
+            finally:
+                model.unload()
+        found = []
+        for entry in self.manifest.tasks:
+            now = proved[entry.index]
+            compared = {*now, *(entry.parts if base is not None else ())}
+            moved = sorted(part for part in compared if now.get(part) != entry.parts.get(part))
+            record = {"name": entry.name, "before": task_digest(entry.parts), "after": task_digest(entry.parts | now)}
+            found.append({**record, "moved": moved, "same_logits": None, **logits.get(entry.index, {})})
         return found
 
+    # --- learning on, and forgetting on purpose --------------------------------------------------------
+
+    def extend(
+        self,
+        base: "str | nn.Module | Base",
+        tokenizer: Any = None,
+        config: Any = None,
+        training_args: TrainingArguments | None = None,
+        **options: Any,
+    ) -> ContinualLearner:
+        """Return a learner that goes on from this bank: new tasks append, the ones here stay bit-identical.
+
+        The bank's tasks stay where its files are; one is loaded at a time, while it answers.
+
+        Args:
+            base: As for `ContinualLearner`; it must be the bank's.
+            tokenizer: The tokenizer of a loaded model.
+            config: As for `ContinualLearner`; None learns as the newest task was learned.
+            training_args: As for `ContinualLearner`; a method's `Options` take the bank's seed from its `seed`.
+            options: Further arguments of `ContinualLearner`.
+
+        Raises:
+            ConfigError: Another seed, scale, compose, targets or head than the bank's.
+            BaseMismatchError: Another base or tokenizer.
+            BankError: The method gives no bank.
+        """
+        config = self._way() if config is None else config
+        seed = self.manifest.store.seed
+        args = training_args or TrainingArguments("trainer_output", save_strategy="no", report_to=[], seed=seed)
+        learner = ContinualLearner(base, tokenizer, config, args, **options)
+        self.hand_to(learner)
+        return learner
+
+    def hand_to(self, learner: ContinualLearner) -> None:
+        """Make a learner that has learned nothing yet go on from this bank; see `extend`."""
+        self._require_tokenizer(learner.base.tokenizer)
+        learner.go_on(self.manifest, self._bytes, self.folder)
+
+    def _way(self) -> Any:
+        """Return the options that the newest task was learned with."""
+        newest = self.manifest.tasks[-1]
+        if newest.method["name"] == "mask_config":
+            config = config_of(self.manifest, newest)
+            return replace(config, id2label=None, num_labels=None, problem_type=None, task_index=None, head_of=None)
+        module = plugins.load("methods", newest.method["name"])
+        return read(module.Options, newest.method["options"], f"task {newest.name!r}: method.options")
+
+    def drop(self, task: str) -> "MaskBank":
+        """Return the bank without a task. What other tasks read of it stays, the rest is free again.
+
+        Raises:
+            ConfigError: The bank has no such task, it is its only one, or another task has its head.
+        """
+        opened = [self._open(entry) for entry in self.manifest.entries]
+        manifest, files = drop_task(self.manifest, opened, self._entry(task).index)
+        blobs = {**self._blobs, **files}
+        return MaskBank(manifest, folder=self.folder, read=self._read, blobs=blobs, grown_from=self._replaces)
+
+    # --- what it was learned on --------------------------------------------------------------------------
+
     def _entry(self, name: str) -> TaskEntry:
-        if name not in self.tasks:
-            raise ConfigError(f"task {name!r}: this bank holds {', '.join(self.tasks)}.")
-        return self.manifest.task(name)
-
-    def _by_index(self, index: int) -> TaskEntry:
-        for entry in self.manifest.tasks:
-            if entry.index == index:
-                return entry
-        raise BankCorruptError(f"task {index}: is inherited from, and not in the bank. Restore a whole copy.")
-
-    def _config(self, entry: TaskEntry) -> MaskConfig:
-        store = self.manifest.store
-        return MaskConfig(
-            task_type="SEQ_CLS",
-            density=entry.density,
-            trains=entry.trains,
-            values_dtype=entry.values_dtype,
-            id2label=dict(enumerate(entry.labels)),
-            problem_type=entry.problem_type,
-            head="own" if entry.head_of is None else "shared",
-            head_of=entry.head_of,
-            task_index=entry.index,
-            compose=store.compose,
-            seed=store.seed,
-            scale=store.scale,
-            scales=dict(store.scales),
-            target_modules=list(store.targets),
-            exclude_modules=list(store.exclude) or None,
-            head_modules=list(store.head),
-            train_norms=store.train_norms,
-        )
+        for task in self.manifest.tasks:
+            if task.name == name:
+                return task
+        raise ConfigError(f"task {name!r}: this bank holds {', '.join(self.tasks)}.")
 
     def _require_base(self, tuner: MaskModel) -> None:
         held, given = self.manifest.base, tuner.fingerprint()
@@ -301,108 +462,22 @@ class MaskBank:
                 f"{held.fingerprint[:16]}, the base given has {given[:16]} ({next(tuner.model.parameters()).dtype}). "
                 f"Load that model, in the same revision and dtype."
             )
-        paths = {layer.path for layer in tuner.mask_layers()}
-        if paths != set(self.manifest.store.scales):
-            raise BaseMismatchError("this bank masks other layers than the base has. Load the model it was learned on.")
+
+    def _require_tokenizer(self, tokenizer: Any) -> None:
+        held, given = self.manifest.base.tokenizer, tokenizer_fingerprint(tokenizer)
+        if held != given:
+            raise BaseMismatchError(
+                f"tokenizer: this bank was learned with one of fingerprint {held[:16]}, the one given has "
+                f"{given[:16]}. Load the tokenizer of {self.manifest.base.id or 'its base'}."
+            )
+
+
+def _compared(logits: Tensor, held: Tensor, entry: TaskEntry, dtype: torch.dtype) -> dict[str, Any]:
+    difference = probe_difference(held, logits)
+    same = digest([("logits", logits)]) == entry.probe
+    return {"same_logits": same, "difference": difference, "close": difference <= TOLERANCE[dtype]}
 
 
 def _tuner(model: PeftModel) -> MaskModel:
     tuner: Any = model.base_model
     return tuner
-
-
-# --- what is stored of a task -------------------------------------------------------------------------
-
-
-def _stored(method: MaskedMethod, index: int) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return a task's tensors, and the bytes of its masks, values and head."""
-    packed, tensors = method.pack(index), {}
-    tensors["masks"], tensors["mask_lengths"] = packed.task["masks"], packed.task["lengths"]
-    if "values" in packed.task:
-        owned = [layer.own(adapter_of(index)).cpu().numpy() for layer in method.tuner.mask_layers()]
-        tensors["owned"], tensors["owned_lengths"] = join_codes([encode(own) for own in owned])
-    masks = _bytes_of(tensors)
-    values = {"values": packed.task["values"]} if "values" in packed.task else {}
-    head = {name if name == KKT_MEAN else f"head.{name}": tensor for name, tensor in packed.head.items()}
-    sizes = {"masks": masks, "values": _bytes_of(values), "head": _bytes_of(head)}
-    return tensors | values | head, sizes
-
-
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _inherits(method: MaskedMethod, index: int) -> list[int]:
-    """Return the numbers of the tasks whose trained values a task reads."""
-    adapter, found = adapter_of(index), set()
-    for layer in method.tuner.mask_layers():
-        found |= set(layer.store.owner[layer.mask(adapter)].unique().tolist())
-    others = {int(owner) for owner in found} - {index}
-    layers = method.tuner.mask_layers()
-    return sorted(other for other in others if any(_trained(layer, adapter_of(other)) for layer in layers))
-
-
-def _trained(layer: MaskLinear, adapter: str) -> bool:
-    return bool(layer.hfcl_owned[adapter].numel())
-
-
-def _task_entry(
-    method: MaskedMethod,
-    index: int,
-    record: Mapping[str, Any],
-    learner: ContinualLearner,
-    file: FileEntry,
-    sizes: dict[str, int],
-) -> TaskEntry:
-    config = method.tuner.peft_config[adapter_of(index)]
-    metrics = record["metrics"].get(record["name"], {})
-    return TaskEntry(
-        index=index,
-        name=record["name"],
-        labels=list(record["labels"]),
-        problem_type=config.problem,
-        density=float(config.density),
-        values_dtype=config.values_dtype,
-        trains=config.trains,
-        head_of=config.head_of,
-        inherits=_inherits(method, index),
-        parts=dict(record["parts"]),
-        probe=record["probe"],
-        source=record["source"],
-        method={"name": learner.method_name, "options": learner.options},
-        start=record["facts"].get("kkt"),
-        metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
-        sizes=sizes,
-        file=file,
-    )
-
-
-def _store_entry(tuner: MaskModel) -> StoreEntry:
-    config = tuner.mask_config
-    return StoreEntry(
-        compose=config.compose,
-        seed=config.seed,
-        scale=float(config.scale),
-        scales=dict(config.scales or {}),
-        targets=sorted(config.target_modules or ()),
-        exclude=sorted(config.exclude_modules or ()),
-        head=list(config.head_modules or ()),
-        train_norms=config.train_norms,
-    )
-
-
-def _base_entry(learner: ContinualLearner, base_id: str | None) -> BaseEntry:
-    name = base_id or learner.base.name
-    config = learner.base.model.config
-    return BaseEntry(
-        id=None if Path(name).is_absolute() else name,
-        revision=getattr(config, "_commit_hash", None),
-        dtype=str(next(learner.base.model.parameters()).dtype).removeprefix("torch."),
-        fingerprint=learner.method.fingerprint,
-        tokenizer=None,
-    )
-
-
-def _environment() -> dict[str, str]:
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    return {**versions, "python": platform.python_version(), "machine": platform.machine()}

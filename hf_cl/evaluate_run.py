@@ -1,4 +1,4 @@
-"""Evaluate a run's tasks anew: from its files, on the test rows its manifest (or the caller) points to."""
+"""Evaluate a run's tasks anew: from its files, on the rows its manifest (or the caller) points to."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cl.config import read
-from hf_cl.data import TaskSpec, collator, load_task, tokenise
+from hf_cl.data import TaskSpec, collator, load_task, measured_on, tokenise
 from hf_cl.errors import DataError, RunError
 from hf_cl.from_recipe import training_arguments
 from hf_cl.layers.base import Base
@@ -20,7 +20,7 @@ EVALUATION = ("per_device_eval_batch_size", "bf16", "fp16", "use_cpu")
 def evaluate_run(
     path: Path, base: "Base | str | None" = None, specs: Sequence[TaskSpec] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return fresh test metrics of every task of a run, by name.
+    """Return fresh metrics of every task of a run, by name, on the split that the run was measured on.
 
     Args:
         path: The run folder.
@@ -38,18 +38,18 @@ def evaluate_run(
         # A folder may come from anywhere: of its arguments only those that change how rows are evaluated.
         given = {key: value for key, value in (folder.manifest.get("training") or {}).items() if key in EVALUATION}
         args = training_arguments(given, Path(scratch))
-        for index, record in enumerate(folder.tasks):
+        for position, record in enumerate(folder.tasks):
             name = record["name"]
             if name not in known:
                 raise DataError(f"{path}: no rows are named for task {name!r}. Give the recipe it was learned with.")
-            task = load_task(known[name])
+            task = measured_on(load_task(known[name]), folder.manifest.get("split", "test"))
             if list(task.labels) != list(record["labels"]):
                 raise DataError(
                     f"{path}: task {name!r} learned the labels {', '.join(record['labels']):.200}, these rows have "
                     f"{', '.join(task.labels):.200}. Give the recipe it was learned with."
                 )
             rows = tokenise(task, base.tokenizer, folder.manifest["max_length"])
-            method.activate(index)
+            method.activate(int(record.get("index", position)))
             found[name] = evaluate(method.model, rows["test"], collator(base.tokenizer), args)
     return found
 

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_cl import plugins
 from hf_cl.data import Task, collator, tokenise
-from hf_cl.errors import ConfigError, DataError, RunError
+from hf_cl.errors import BankError, BaseMismatchError, ConfigError, DataError, RunError
 from hf_cl.layers.base import Base, lasting, load_base
 from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import find_head
 from hf_cl.metrics import AccuracyMatrix
+from hf_cl.packing.entries import gives_bank
+from hf_cl.packing.grow import cut, grow
+from hf_cl.packing.shelf import BankShelf, fixed_by
 from hf_cl.proof import probe_digest
-from hf_cl.storage.run_folder import RunFolder
+from hf_cl.storage.bank_folder import FolderReader, Reader, read_manifest, write_bank
+from hf_cl.storage.manifest import MANIFEST, FileEntry, Manifest, TaskEntry
+from hf_cl.storage.run_folder import BANK, RunFolder
 from hf_cl.training.evaluation import ComputeMetrics, evaluate
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method, Packed
@@ -78,7 +83,12 @@ class ContinualLearner:
         self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
         self.data_collator, self.trainer_class = data_collator, trainer_class
         self.records: list[dict[str, Any]] = []
+        self.bank: Manifest | None = None
+        """What is in a bank already: the one it goes on from, or has saved last."""
+        self.bank_folder: Path | None = None
+        self.read: Reader | None = None
         self._tests: list[Any] = []
+        self._before = 0  # tasks of the bank it goes on from
 
     @property
     def tasks(self) -> list[str]:
@@ -86,10 +96,15 @@ class ContinualLearner:
         return [record["name"] for record in self.records]
 
     @property
+    def learned(self) -> list[dict[str, Any]]:
+        """The records of the tasks this learner learned itself, without those of a bank that it goes on from."""
+        return self.records[self._before :]
+
+    @property
     def matrix(self) -> AccuracyMatrix:
-        """Test accuracy of every task after every task, from the records."""
-        names = self.tasks
-        rows = [[record["metrics"].get(name, {}).get("accuracy") for name in names] for record in self.records]
+        """Test accuracy of every task it learned after every one of them, from the records."""
+        names = [record["name"] for record in self.learned]
+        rows = [[record["metrics"].get(name, {}).get("accuracy") for name in names] for record in self.learned]
         return AccuracyMatrix.from_list(names, rows)
 
     @property
@@ -111,11 +126,9 @@ class ContinualLearner:
             TrainingError: The task's training failed; earlier tasks are untouched.
         """
         if task.name in self.tasks:
-            raise DataError(
-                f"task {task.name!r} was learned already, as number {self.tasks.index(task.name)}. Rename it."
-            )
+            raise DataError(f"task {task.name!r} was learned already, as number {self.number(task.name)}. Rename it.")
         rows = tokenise(task, self.base.tokenizer, self.max_length)
-        index = len(self.records)
+        index = self._next
         training = train_task(
             self.method,
             index,
@@ -131,7 +144,8 @@ class ContinualLearner:
             return self._record(index, task, rows["test"], training)
         except BaseException:
             # A metric of the user's failed, or Ctrl-C: a task is learned whole or not at all.
-            del self.records[index:], self._tests[index:]
+            held = [record["index"] for record in self.records if record["index"] < index]
+            del self.records[len(held) :], self._tests[len(held) :]
             self.method.abandon(index)
             raise
 
@@ -139,6 +153,7 @@ class ContinualLearner:
         """Record a committed task and evaluate every task seen so far."""
         self.method.activate(index)
         record: dict[str, Any] = {
+            "index": index,
             "name": task.name,
             "labels": list(task.labels),
             "source": task.source,
@@ -156,9 +171,11 @@ class ContinualLearner:
         return record
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """Return fresh test metrics of every task learned, by task name."""
+        """Return fresh test metrics, by name, of every task learned whose rows are known: see `remember`."""
         found = {}
         for index, name in enumerate(self.tasks):
+            if index < self._before and self._tests[index] is None:
+                continue
             self.activate(name)
             found[name] = evaluate(
                 self.method.model,
@@ -186,7 +203,20 @@ class ContinualLearner:
         """
         if name not in self.tasks:
             raise ConfigError(f"task {name!r} was not learned; learned are {', '.join(self.tasks) or 'none'}.")
-        self.method.activate(self.tasks.index(name))
+        self.method.activate(self.number(name))
+
+    def number(self, name: str) -> int:
+        """Return a learned task's number; numbers of dropped tasks are not used again.
+
+        Raises:
+            ValueError: No such task.
+        """
+        return int(self.records[self.tasks.index(name)]["index"])
+
+    @property
+    def _next(self) -> int:
+        held = self.bank.next_index if self.bank is not None else 0
+        return max(held, *(record["index"] + 1 for record in self.records), 0)
 
     def remember(self, task: Task) -> None:
         """Give a restored task's rows back, so that it can be evaluated.
@@ -210,13 +240,83 @@ class ContinualLearner:
 
         Raises:
             RunError: A file is missing or not what the manifest says.
+            BankCorruptError: The same of a bank's file.
         """
+        bank = folder.path / BANK
+        if gives_bank(self.method):
+            if not (bank / MANIFEST).exists() and not folder.tasks:
+                return
+            manifest = cut(read_manifest(bank), len(folder.tasks) + int(folder.manifest.get("from_tasks", 0)))
+            self.go_on(manifest, FolderReader(bank), bank)
+            self.records[len(self.records) - len(folder.tasks) :] = [dict(record) for record in folder.tasks]
+            self._before = len(self.records) - len(folder.tasks)
+            return
         for index, record in enumerate(folder.tasks):
             self.method.restore(index, tuple(record["labels"]), Packed(**folder.parts(index)))
             self.records.append({key: value for key, value in record.items() if key != "files"})
             self._tests.append(None)
         if folder.manifest["shared"]:
             self.method.restore_shared(folder.read(folder.manifest["shared"]))
+
+    # --- banks ---------------------------------------------------------------------------------------
+
+    def go_on(self, manifest: Manifest, read: Reader, folder: Path | None = None) -> None:
+        """Take over a bank's tasks, which stay where they lie; `MaskBank.extend` does this.
+
+        Args:
+            manifest: The bank's.
+            read: Gives the bytes of its files.
+            folder: Where it lies, if it does; grown, it can be saved there again.
+
+        Raises:
+            BankError: The method gives no bank, or this learner has learned already.
+            BaseMismatchError: The bank was learned on another base.
+            ConfigError: Seed, scale, compose, targets, head or norms are not the bank's.
+        """
+        method = self.method
+        if not isinstance(method, MaskedMethod) or not gives_bank(method) or self.records:
+            raise BankError(f"{self.method_name}: cannot go on from a bank. Take a new learner of supsup or exssnet.")
+        if manifest.base.fingerprint != method.fingerprint:
+            raise BaseMismatchError(
+                f"base {self.base.name!r}: its fingerprint is {method.fingerprint[:16]}, the bank was learned on "
+                f"{manifest.base.id or 'a base'} in {manifest.base.dtype} with {manifest.base.fingerprint[:16]}. Load "
+                f"that model, in the same revision and dtype."
+            )
+        method.config = fixed_by(manifest.store, method.config)
+        shelf = BankShelf(manifest, read)
+        for entry in manifest.tasks:
+            if method.kkt is not None:
+                method.restore_extra(entry.index, shelf.open(entry).extra)
+            self.records.append(_record(entry))
+            self._tests.append(None)
+        self._before, self.bank, self.read, self.bank_folder = len(self.records), manifest, read, folder
+        method.keep_on(shelf)
+
+    def grown(self, base_id: str | None = None) -> tuple[Manifest, dict[str, bytes]]:
+        """Return the bank's manifest with all that was learned, and the bytes of its new files; see `packing.grow`."""
+        way = {"name": self.method_name, "options": self.options}
+        return grow(self.method, self.records, way, self.base, base_id=base_id, before=self.bank)
+
+    def save_bank(self, folder: Path) -> Manifest:
+        """Write what was learned into a bank's folder, keep finished tasks there from now on; return its manifest."""
+        manifest, files = self.grown()
+        held = read_manifest(folder).digest if (folder / MANIFEST).exists() else None
+        write_bank(folder, manifest, lambda entry: self._file(entry, files), expected=held)
+        self.bank, self.bank_folder, self.read = manifest, folder, FolderReader(folder)
+        self.method.keep_on(BankShelf(manifest, self.read))  # type: ignore[attr-defined]
+        return manifest
+
+    def _file(self, entry: FileEntry, new: Mapping[str, bytes]) -> bytes:
+        if entry.name in new:
+            return new[entry.name]
+        assert self.read is not None
+        return self.read(entry)
+
+    def _add_record(self, folder: RunFolder, bank: Manifest) -> None:
+        record = self.learned[len(folder.tasks)]
+        entry = next(task for task in bank.tasks if task.index == record["index"])
+        head = entry.sizes["head"]
+        folder.add_task({**record, "bytes": {"task": entry.file.bytes - head, "head": head}}, {})
 
     def header(self) -> dict[str, Any]:
         """Return what a run folder says of this learner besides its tasks."""
@@ -230,14 +330,16 @@ class ContinualLearner:
         }
 
     def add_to(self, folder: RunFolder) -> None:
-        """Write the newest task into a run folder, whole or not at all."""
-        index = len(folder.tasks)
-        files = {}
+        """Write the next task into a run folder, whole or not at all: its record, and its tensors or the bank."""
+        index, files = len(folder.tasks), {}
+        if index == 0:
+            folder.update(settled=dict(self.method.settled()))
+        if gives_bank(self.method):
+            self._add_record(folder, self.save_bank(folder.path / BANK))
+            return
         for changed in self.method.rewritten(index):
             packed = self.method.pack(changed)
             files[changed] = {"task": packed.task, "head": packed.head}
-        if index == 0:
-            folder.update(settled=dict(self.method.settled()))
         is_newest = index == len(self.records) - 1
         folder.add_task(self.records[index], files, self.method.shared() if is_newest else None)
 
@@ -251,7 +353,7 @@ class ContinualLearner:
         Raises:
             RunError: Nothing was learned yet, or something is there already.
         """
-        if not self.records:
+        if not self.learned:
             raise RunError("nothing was learned yet. Call `learn(task)` first.")
         path = Path(path)
         RunFolder.require_place(path, overwrite=overwrite)
@@ -260,14 +362,35 @@ class ContinualLearner:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             folder = RunFolder.create(scratch / "run", self.header())
-            for _ in self.records:
-                self.add_to(folder)
+            if gives_bank(self.method):
+                manifest, files = self.grown()
+                write_bank(folder.path / BANK, manifest, lambda entry: self._file(entry, files), expected=None)
+                folder.update(settled=dict(self.method.settled()))
+            for _ in self.learned:
+                if gives_bank(self.method):
+                    self._add_record(folder, manifest)
+                else:
+                    self.add_to(folder)
             if path.exists():
                 path.rename(scratch / "old")
             (scratch / "run").rename(path)
         finally:
             shutil.rmtree(scratch)
         return path
+
+
+def _record(entry: TaskEntry) -> dict[str, Any]:
+    """Return a learner's record of a task that a bank brought."""
+    return {
+        "index": entry.index,
+        "name": entry.name,
+        "labels": list(entry.labels),
+        "source": entry.source,
+        "facts": {},
+        "parts": dict(entry.parts),
+        "probe": entry.probe,
+        "metrics": {},
+    }
 
 
 def _as_base(base: "str | nn.Module | Base", tokenizer: Any, head: Sequence[str] | None) -> Base:

@@ -8,15 +8,23 @@ promised on one machine alone: kernels of another round differently.
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_cl.layers.families import FAMILIES
 from hf_cl.ownership.digest import digest
 
 TEXTS, TOKENS = 8, 16
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""How far probe logits may be from those at the commit in another environment, as a share of the largest logit."""
 
 
 def probe_digest(model: Any) -> str:
-    """Return the sha256 of the active task's float32 logits on 8 pseudo-texts of 16 tokens, in evaluation mode."""
+    """Return the sha256 of the active task's probe logits."""
+    return digest([("logits", probe_logits(model))])
+
+
+def probe_logits(model: Any) -> Tensor:
+    """Return the active task's float32 logits on 8 pseudo-texts of 16 tokens, in evaluation mode, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (TEXTS, TOKENS), generator=generator)
     family = FAMILIES.get(model.config.model_type)
@@ -33,4 +41,11 @@ def probe_digest(model: Any) -> str:
             logits = model(**inputs).logits.float()
     finally:
         model.train(was_training)
-    return digest([("logits", logits)])
+    return logits.cpu()
+
+
+def probe_difference(held: Tensor, given: Tensor) -> float:
+    """Return the largest difference of probe logits, as a share of the largest logit held."""
+    if held.shape != given.shape:
+        return float("inf")
+    return float((held - given).abs().max() / held.abs().max().clamp_min(1e-30))

@@ -27,6 +27,7 @@ def results(
     verdict: Mapping[str, Any],
     seconds: Mapping[str, Any],
     tuning: Mapping[str, Any] | None,
+    bank_bytes: int = 0,
 ) -> dict[str, Any]:
     """Return the content of `results.json`.
 
@@ -36,12 +37,13 @@ def results(
         verdict: What `hf-cl verify --json` said in a fresh process.
         seconds: Wall-clock seconds by what they were spent on.
         tuning: The grid and its outcome, or None.
+        bank_bytes: Size of the bank's manifest, where there is a bank.
     """
     tasks: Sequence[Mapping[str, Any]] = manifest["tasks"]
     names = [task["name"] for task in tasks]
 
     def sizes(part: str) -> dict[str, int]:
-        return {task["name"]: int(task["files"].get(part, {}).get("bytes", 0)) for task in tasks}
+        return {task["name"]: int(task["bytes"][part]) for task in tasks}
 
     return {
         "stream": manifest["stream"],
@@ -51,6 +53,7 @@ def results(
         "tasks": names,
         "training": manifest["training"],
         "max_length": manifest["max_length"],
+        "split": manifest.get("split", "test"),
         "accuracy_matrix": matrix.to_list(),
         "macro_f1": {name: tasks[-1]["metrics"][name]["macro_f1"] for name in names},
         "average_accuracy": matrix.average_accuracy,
@@ -59,7 +62,7 @@ def results(
         "learning_accuracy": matrix.learning_accuracy,
         "bytes_per_task": sizes("task"),
         "head_bytes_per_task": sizes("head"),
-        "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
+        "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)) + bank_bytes,
         "trainable_per_task": {task["name"]: task["facts"]["trainable"] for task in tasks},
         "capacity_used": tasks[-1]["facts"].get("capacity_used"),
         "facts": {task["name"]: task["facts"] for task in tasks},

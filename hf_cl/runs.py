@@ -12,8 +12,14 @@ from hf_cl.config import read
 from hf_cl.errors import BaseModelError, HfClError, RunError
 from hf_cl.layers.base import Base, load_base
 from hf_cl.ownership.digest import task_digest
+from hf_cl.packing.entries import gives_bank
+from hf_cl.packing.grow import cut
+from hf_cl.packing.proof import digests_of
+from hf_cl.packing.shelf import BankShelf, fixed_by, open_entry
 from hf_cl.proof import probe_digest
-from hf_cl.storage.run_folder import RunFolder
+from hf_cl.storage.bank_folder import FolderReader, read_manifest
+from hf_cl.storage.manifest import MANIFEST, Manifest
+from hf_cl.storage.run_folder import BANK, RunFolder
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method, Packed
 from hf_cl.tuner import MaskConfig
@@ -65,7 +71,7 @@ def build_method(manifest: Mapping[str, Any], base: Base) -> Method:
 
 
 def open_run(path: Path, base: Base | str | None = None) -> tuple[RunFolder, Base, Method]:
-    """Restore a run's model from its files.
+    """Restore a run's model from its files; `method.activate(record["index"])` makes a task answer.
 
     Args:
         path: The run folder.
@@ -73,16 +79,43 @@ def open_run(path: Path, base: Base | str | None = None) -> tuple[RunFolder, Bas
 
     Raises:
         RunError: A file is missing or not what the manifest says.
+        BankError: The same of the run's bank.
         BaseModelError: The base is another than the run's.
     """
     folder = RunFolder.open(path)
     base = base if isinstance(base, Base) else _load(folder, base)
     method = build_method(folder.manifest, base)
+    if isinstance(method, MaskedMethod) and gives_bank(method):
+        bank = _bank(folder)
+        method.config = fixed_by(bank.store, method.config)
+        method.keep_on(BankShelf(bank, FolderReader(path / BANK)))
+        return folder, base, method
     for index, task in enumerate(folder.tasks):
         method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index)))
     if folder.manifest["shared"]:
         method.restore_shared(folder.read(folder.manifest["shared"]))
     return folder, base, method
+
+
+def _bank(folder: RunFolder) -> Manifest:
+    """Return the manifest of a run's bank.
+
+    Raises:
+        RunError: It says something else of a task than the run does.
+    """
+    bank = read_manifest(folder.path / BANK)
+    held = {task.index: task for task in bank.tasks}
+    for record in folder.tasks:
+        entry = held.get(record["index"])
+        same = entry is not None and (entry.name, entry.labels, entry.parts, entry.probe) == (
+            record["name"], record["labels"], record["parts"], record["probe"],
+        )  # fmt: skip
+        if not same:
+            raise RunError(
+                f"{folder.path}: run.json and bank/bank.json say different things of task {record['name']!r}. Restore "
+                f"both from one copy."
+            )
+    return bank
 
 
 def _load(folder: RunFolder, name: str | None) -> Base:
@@ -100,15 +133,18 @@ def verify(path: Path, base: Base | str | None = None) -> Verdict:
     Raises:
         RunError: There is no run, or a file is missing altogether.
         BaseModelError: The base is another than the run's.
+        ConfigError: The run's options are not those that its bank was made with.
     """
     folder = RunFolder.open(path)
     base = base if isinstance(base, Base) else _load(folder, base)
     method = build_method(folder.manifest, base)
     if not folder.tasks:
         raise RunError(f"{path}: no task is finished, so there is nothing to verify. Go on with --resume.")
-    verdict = Verdict(files=folder.changed_files())
-    unreadable: dict[int, str] = {}
-    for index, task in enumerate(folder.tasks):
+    verdict, unreadable = Verdict(files=folder.changed_files()), dict[int, str]()
+    banked = gives_bank(method)
+    if isinstance(method, MaskedMethod) and banked:
+        verdict.files, unreadable = _shelve(method, folder)
+    for index, task in enumerate([] if banked else folder.tasks):
         try:
             method.restore(index, tuple(task["labels"]), Packed(**folder.parts(index, trust=True)))
         except HfClError as error:
@@ -133,9 +169,37 @@ def verify(path: Path, base: Base | str | None = None) -> Verdict:
     return verdict
 
 
+def _shelve(method: MaskedMethod, folder: RunFolder) -> tuple[list[str], dict[int, str]]:
+    """Leave a run's tasks in its bank; return the files that are damaged, and by position what cannot be read."""
+    read = FolderReader(folder.path / BANK)
+    try:
+        bank = _bank(folder)
+    except HfClError as error:
+        return [f"{BANK}/{MANIFEST}"], {0: str(error)}
+    method.config = fixed_by(bank.store, method.config)
+    bad = {}
+    for entry in bank.entries:
+        try:
+            for _ in open_entry(entry, read).parts(bank.store):
+                pass
+        except HfClError as error:
+            bad[entry.index] = str(error)
+    files = [f"{BANK}/{entry.file.name}" for entry in bank.entries if entry.index in bad]
+    if not bad:
+        try:
+            digests_of(bank, [open_entry(entry, read) for entry in bank.entries])
+        except HfClError as error:  # two tasks claim one entry: each file by itself is right
+            bad = {bank.entries[0].index: str(error)}
+    whole = [task.index < min(bad, default=bank.next_index) for task in bank.tasks]
+    method.keep_on(BankShelf(cut(bank, sum(whole)), read))
+    positions = {record["index"]: position for position, record in enumerate(folder.tasks)}
+    return files, {positions.get(index, 0): why for index, why in bad.items()}
+
+
 def _compare(method: Method, index: int, task: Mapping[str, Any]) -> dict[str, Any]:
-    method.activate(index)
-    parts = method.parts(index)
+    number = int(task.get("index", index))
+    method.activate(number)
+    parts = method.parts(number)
     moved = sorted(part for part in {*parts, *task["parts"]} if parts.get(part) != task["parts"].get(part))
     same = probe_digest(method.model) == task["probe"]
     return {"after": task_digest(parts), "moved": moved, "same_logits": same}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_cl import plugins
+from hf_cl.bank import MaskBank
 from hf_cl.config import read
-from hf_cl.data import TaskSpec, load_task, read_stream, spec_values
+from hf_cl.data import TaskSpec, load_task, measured_on, read_stream, spec_values
 from hf_cl.errors import ConfigError, RunError
 from hf_cl.from_recipe import build_learner
 from hf_cl.layers.base import lasting
@@ -22,7 +23,8 @@ from hf_cl.learner import ContinualLearner
 from hf_cl.recipe import Checked, data_dir
 from hf_cl.results import results
 from hf_cl.storage.disk import json_bytes, write_atomic
-from hf_cl.storage.run_folder import RESULTS, RunFolder
+from hf_cl.storage.manifest import MANIFEST
+from hf_cl.storage.run_folder import BANK, RESULTS, RunFolder
 from hf_cl.training.evaluation import ComputeMetrics
 from hf_cl.tuning import Progress, tune
 
@@ -35,6 +37,8 @@ def run_stream(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    from_bank: "str | Path | None" = None,
+    split: str = "test",
     compute_metrics: ComputeMetrics | None = None,
     progress: Progress = logger.info,
 ) -> dict[str, Any]:
@@ -45,6 +49,8 @@ def run_stream(
         output_dir: The run folder.
         resume: Go on after the last finished task of a run that is there.
         overwrite: Replace a run that is there.
+        from_bank: A bank's folder or Hub id to go on from; its tasks come along into the run's bank.
+        split: Which rows are measured: `test`, or `validation` while options are still being chosen.
         compute_metrics: Your own metrics, recorded beside ours.
         progress: Told a line after each thing that takes long.
 
@@ -53,8 +59,8 @@ def run_stream(
     """
     began = time.perf_counter()
     specs = read_stream(recipe.stream, data_dir=data_dir(), root=recipe.root)
-    tasks = [load_task(spec, recipe.root) for spec in specs]
-    folder = _existing(output_dir, recipe, specs) if resume else None
+    tasks = [measured_on(load_task(spec, recipe.root), split) for spec in specs]
+    folder = _existing(output_dir, recipe, specs, split) if resume else None
     if folder is not None and (output_dir / RESULTS).is_file():
         progress(f"{output_dir} is finished: {len(specs)} tasks. Nothing to do.")
         done: dict[str, Any] = json.loads((output_dir / RESULTS).read_text("utf-8"))
@@ -69,9 +75,14 @@ def run_stream(
         recipe = _chosen(recipe, folder)
     spent = {"tuning": time.perf_counter() - started} if recipe.tuning else {}
     learner = build_learner(recipe, output_dir, compute_metrics)
+    grown_from = _open_bank(from_bank, learner) if from_bank is not None and folder is None else None
     progress(f"{recipe.method} on {recipe.model.name}; each task has its own {', '.join(learner.base.head)}")
     if folder is None:
-        folder = RunFolder.create(output_dir, _header(recipe, specs, learner, tuning), overwrite=overwrite)
+        header = {**_header(recipe, specs, learner, tuning), "from_bank": grown_from, "from_tasks": len(learner.tasks)}
+        header["split"] = split
+        folder = RunFolder.create(output_dir, header, overwrite=overwrite)
+        if grown_from is not None:
+            learner.save_bank(folder.path / BANK)
     else:
         _require_base(folder, learner)
         learner.restore(folder)
@@ -84,6 +95,13 @@ def run_stream(
     return _finish(folder, learner, tuning, spent, began)
 
 
+def _open_bank(source: "str | Path", learner: ContinualLearner) -> str:
+    """Make a learner go on from a bank; return the bank's digest."""
+    bank = MaskBank.from_pretrained(source)
+    bank.hand_to(learner)
+    return bank.digest
+
+
 def _finish(
     folder: RunFolder,
     learner: ContinualLearner,
@@ -92,11 +110,13 @@ def _finish(
     began: float,
 ) -> dict[str, Any]:
     verdict = verify_in_fresh_process(folder.path)
-    trained = sum(record["seconds"] for record in learner.records)
+    trained = sum(record["seconds"] for record in learner.learned)
     spent = {**seconds, "training": trained, "total": time.perf_counter() - began}
     spent = {name: round(value, 1) for name, value in spent.items()}
-    spent["by_task"] = {record["name"]: record["seconds"] for record in learner.records}
-    found = results(folder.manifest, learner.matrix, verdict, spent, tuning)
+    spent["by_task"] = {record["name"]: record["seconds"] for record in learner.learned}
+    manifest = folder.path / BANK / MANIFEST
+    shared = manifest.stat().st_size if manifest.is_file() else 0
+    found = results(folder.manifest, learner.matrix, verdict, spent, tuning, shared)
     _plot(folder, learner)
     write_atomic(folder.path / RESULTS, json_bytes(found))
     return found
@@ -146,7 +166,7 @@ def stream_name(stream: Any) -> str:
     return str(stream.get("name", "custom")) if isinstance(stream, Mapping) else "custom"
 
 
-def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFolder | None:
+def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec], split: str) -> RunFolder | None:
     """Return the run to go on with, None where there is none yet.
 
     Raises:
@@ -158,6 +178,7 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec]) -> RunFold
     theirs, tuned = folder.manifest, set(recipe.tuning)
     ours = {"model": lasting(recipe.model.name), "max_length": recipe.max_length}
     different = [name for name, value in ours.items() if theirs.get(name) != value]
+    different += ["split"] if split != theirs.get("split", "test") else []
     if _what(theirs.get("stream_tasks") or []) != _what([spec_values(spec) for spec in specs]):
         different.append("stream")
     if theirs["method"]["name"] != recipe.method:

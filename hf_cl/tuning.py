@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_cl import plugins
 from hf_cl.config import read
-from hf_cl.data import Task
+from hf_cl.data import Task, measured_on
 from hf_cl.errors import TrainingError
 from hf_cl.from_recipe import build_learner
 from hf_cl.recipe import Checked
@@ -69,7 +69,7 @@ def _score(recipe: Checked, tasks: Sequence[Task]) -> float | None:
         learner = build_learner(recipe, Path(scratch))
         try:
             for task in tasks:
-                learner.learn(replace(task, test=task.validation))
+                learner.learn(measured_on(task, "validation"))
         except TrainingError:
             return None
     return float(learner.matrix.average_accuracy or 0.0)

@@ -14,10 +14,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from hf_cl import MaskBank, MaskConfig, bank
+from hf_cl import MaskBank, MaskConfig
 from hf_cl.errors import BankConflictError, BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
+from hf_cl.packing.grow import cut
 from hf_cl.storage import bank_folder, disk
-from hf_cl.storage.manifest import MANIFEST, BaseEntry, Manifest, StoreEntry
+from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, Tombstone
 
 pytest_plugins = ["tiny"]
 NAMES = ("pets", "weather", "food")
@@ -70,21 +71,24 @@ def test_a_fresh_process_verifies_it_from_its_files(learned, base_folder):
         [sys.executable, "-c", code, str(learned[2]), str(base_folder)], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == [{"name": name, "moved": [], "same_logits": True} for name in NAMES]
+    assert [(task["name"], task["moved"], task["same_logits"], task["difference"]) for task in found] == [
+        (name, [], True, 0.0) for name in NAMES
+    ]
 
 
 def test_opening_reads_the_manifest_only_and_attaching_what_a_task_inherits(learned, base_folder, monkeypatch):
     _, _, folder, _ = learned
     read = []
     plain = bank_folder.read_file
-    for module in (bank_folder, bank):
-        monkeypatch.setattr(module, "read_file", lambda path, size: read.append(path.name) or plain(path, size))
+    monkeypatch.setattr(bank_folder, "read_file", lambda path, size: read.append(path.name) or plain(path, size))
     opened = MaskBank.from_pretrained(folder)
     assert read == [MANIFEST]
-    entry = opened.manifest.task("weather")
-    opened.attach(base(base_folder), ["weather"])
-    files = {task.index: task.file.name for task in opened.manifest.tasks}
-    assert sorted(set(read[1:])) == sorted(files[index] for index in {entry.index, *entry.inherits})
+    files = {task.name: {opened.manifest.tasks[i].file.name for i in {task.index, *task.inherits}}
+             for task in opened.manifest.tasks}  # fmt: skip
+    model = opened.attach(base(base_folder), ["weather"])
+    assert set(read[1:]) == files["weather"]
+    opened.activate(model, "food")
+    assert set(read[1:]) == files["weather"] | files["food"]
 
 
 def test_values_are_stored_once_by_their_owner_and_none_for_a_mask_alone(learned):
@@ -157,7 +161,8 @@ def test_two_pipelines_share_a_model_and_take_turns(learned, base_folder):
     encoded = loaded.tokenizer(texts[0], return_tensors="pt")
     with torch.no_grad():
         scores = learner.model.eval()(**encoded).logits.softmax(-1)
-    assert expected["pets"][0]["score"] == scores.max().item()
+    # The pipeline's softmax is numpy's, in another order of rounding.
+    assert expected["pets"][0]["score"] == pytest.approx(scores.max().item(), abs=1e-6)
 
 
 def test_a_checkpoint_answers_without_this_package(learned, base_folder, tmp_path):
@@ -220,8 +225,37 @@ def test_unknown_tasks_are_refused_by_name(learned, base_folder):
     with pytest.raises(ConfigError, match="holds pets, weather, food"):
         opened.attach(base(base_folder), ["cars"])
     model = opened.attach(base(base_folder), ["pets"])
-    with pytest.raises(ConfigError, match="not attached"):
-        opened.activate(model, "food")
+    with pytest.raises(ConfigError, match="holds pets, weather, food"):
+        opened.activate(model, "cars")
+
+
+def test_a_task_is_detached_and_read_again_and_the_others_answer_as_before(learned, base_folder):
+    _, _, folder, logits = learned
+    opened = MaskBank.from_pretrained(folder)
+    model = opened.attach(base(base_folder))
+    with pytest.raises(ConfigError, match="is active"):
+        opened.detach(model, "pets")
+    for name in ("weather", "food"):
+        opened.detach(model, name)
+    assert list(model.peft_config) == ["task0"]
+    for name in ("food", "pets", "weather"):
+        opened.activate(model, name)
+        assert torch.equal(tiny.logits(model), logits[name])
+
+
+def test_a_batch_whose_rows_belong_to_several_tasks_is_answered_in_one_call(learned, base_folder):
+    _, _, folder, logits = learned
+    opened = MaskBank.from_pretrained(folder)
+    model = opened.attach(base(base_folder))
+    ids = torch.randint(len(tiny.vocabulary()), (5, 7), generator=torch.Generator().manual_seed(1))
+    tasks = ["food", "pets", "food", "weather", "pets"]
+    with torch.no_grad():
+        mixed = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=opened.adapter_names(tasks))
+    for row, name in enumerate(tasks):
+        width = logits[name].shape[1]
+        assert torch.allclose(
+            mixed.logits[row, :width], logits[name][row], atol=1e-6
+        )  # other batch sizes, other kernels
 
 
 def test_a_folder_that_is_no_bank_is_refused(tmp_path):
@@ -311,6 +345,15 @@ HOSTILE = {
     "another target": lambda body: body["store"].update(targets=["attention.self.query"]),
     "another head": lambda body: body["store"].update(head=["bert.pooler.dense"]),
     "a huge file": lambda body: body["tasks"][0]["file"].update(bytes=10**15),
+    "other shapes": lambda body: body["store"]["shapes"].update({body["store"]["layers"][0]: [1, 256]}),
+    "shapes too large": lambda body: body["store"]["shapes"].update({body["store"]["layers"][0]: [10**9, 10**9]}),
+    "another order of layers": lambda body: body["store"]["layers"].reverse(),
+    "a tombstone of a task that is there": lambda body: body["tombstones"].append(
+        {"index": 0, "density": 1.0, "values_dtype": "bfloat16", "trains": "nothing", "file": body["tasks"][0]["file"]}
+    ),
+    "a method that is not known": lambda body: body["tasks"][0]["method"].update(name="os"),
+    "a method that is no name": lambda body: body["tasks"][0]["method"].update(name=["os"]),
+    "another tokenizer": lambda body: body["base"].update(tokenizer="none"),
     "another base": lambda body: body["base"].update(fingerprint="0" * 64),
     "another training": lambda body: body["tasks"][0].update(trains="mask"),
 }
@@ -374,8 +417,8 @@ def longer(learned):
     """Return the bank of the learner's first two tasks, and the whole one."""
     _, made, _, _ = learned
     manifest = made.manifest
-    first = Manifest(manifest.generation, manifest.base, manifest.store, manifest.tasks[:2], 2, manifest.environment)
-    return MaskBank(first, blobs=made._blobs), made
+    blobs = {file.name: made._bytes(file) for file in manifest.files}
+    return MaskBank(cut(manifest, 2), blobs=blobs), MaskBank(manifest, blobs=blobs)
 
 
 def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned, tmp_path, base_folder, monkeypatch):
@@ -452,19 +495,23 @@ def test_a_folder_that_holds_other_things_is_not_taken(learned, tmp_path):
 
 
 def test_the_manifest_has_these_very_bytes():
+    left = FileEntry(f"left-00001-{'a' * 16}.safetensors", "a" * 64, 9)
     manifest = Manifest(
         generation=3,
-        base=BaseEntry("a/b", None, "float32", "f" * 64, None),
-        store=StoreEntry("delta", 7, 1.5, {"x.y": 0.25}, ["y"], ["z"], ["classifier"], False),
+        base=BaseEntry("a/b", None, "float32", "f" * 64, "e" * 64),
+        store=StoreEntry("delta", 7, 1.5, ["x.y"], {"x.y": 0.25}, {"x.y": [2, 3]}, ["y"], ["z"], ["classifier"], False),
         tasks=[],
-        next_index=0,
-        environment={"torch": "2"},
+        tombstones=[Tombstone(1, 0.5, "bfloat16", "claimed", left)],
+        shared=None,
+        next_index=2,
     )
     body = (
-        b'"base":{"dtype":"float32","fingerprint":"' + b"f" * 64 + b'","id":"a/b","revision":null,"tokenizer":null},'
-        b'"environment":{"torch":"2"},"format":"hf_cl-bank","generation":3,"next_index":0,"store":{"compose":"delta",'
-        b'"exclude":["z"],"head":["classifier"],"scale":1.5,"scales":{"x.y":0.25},"seed":7,"targets":["y"],"train_norms":false},'
-        b'"tasks":[],"version":1}'
+        b'"base":{"dtype":"float32","fingerprint":"' + b"f" * 64 + b'","id":"a/b","revision":null,'
+        b'"tokenizer":"' + b"e" * 64 + b'"},"format":"hf_cl-bank","generation":3,"next_index":2,"shared":null,'
+        b'"store":{"compose":"delta","exclude":["z"],"head":["classifier"],"layers":["x.y"],"scale":1.5,'
+        b'"scales":{"x.y":0.25},"seed":7,"shapes":{"x.y":[2,3]},"targets":["y"],"train_norms":false},"tasks":[],'
+        b'"tombstones":[{"density":0.5,"file":{"bytes":9,"name":"left-00001-aaaaaaaaaaaaaaaa.safetensors",'
+        b'"sha256":"' + b"a" * 64 + b'"},"index":1,"trains":"claimed","values_dtype":"bfloat16"}],"version":1}'
     )
     digest = hashlib.sha256(b"{" + body).hexdigest().encode()
     assert manifest.to_bytes() == b'{"digest":"' + digest + b'",' + body

@@ -62,11 +62,15 @@ def mask_model(tiny_model):
 def train(token_rows, arguments):
     """Train an adapter; spies named `first` see each event before the ownership callback, the others after it."""
 
-    def run(model, adapter="news", *spies, first=(), share=None, rates=None, start=None, rows=None, **changes):
+    def run(
+        model, adapter="news", *spies, first=(), share=None, rates=None, start=None, rows=None, warmup=0.25, **changes
+    ):
         trainer_options = {name: changes.pop(name) for name in ("optimizers", "compute_metrics") if name in changes}
         trains = model.peft_config[adapter].trains if adapter in getattr(model, "peft_config", {}) else "claimed"
         share = share or (1.0 if trains == "nothing" else 0.5)
-        callback = OwnershipCallback(adapter, mask_share=share, learning_rates=rates, start=start)
+        callback = OwnershipCallback(
+            adapter, mask_share=share, density_warmup=warmup, learning_rates=rates, start=start
+        )
         trainer = Trainer(
             model=model,
             args=arguments(**({"max_steps": 6, "optim": "adamw_torch"} | changes)),
@@ -124,7 +128,8 @@ def test_counts_keep_within_five_percent_of_budget_and_the_commit_is_exact(tiny_
     def watch(tuner, state, kwargs):
         for layer in tuner.mask_layers():
             count, budget = int(layer.mask("news").count_nonzero()), layer.count("news")
-            far.append(abs(count - budget) / budget)
+            grown = min(1.0, state.global_step / (0.25 * 13))  # 13 of 16 steps train the mask
+            far.append(abs(count - max(1, round(grown * budget))) / budget)
             assert tuner.phase("news") == "mask" or count == budget
         masks.append(tuner.mask_layers()[0].mask("news").clone())
 
@@ -136,6 +141,27 @@ def test_counts_keep_within_five_percent_of_budget_and_the_commit_is_exact(tiny_
     for layer in model.base_model.mask_layers():
         assert int(layer.mask("news").count_nonzero()) == layer.count("news")
         assert torch.equal(layer.mask("news"), layer.store.owner == 0)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "grown"), [(0, [1, 1, 1, 1, 1]), (0.5, [0, 0.5, 1, 1, 1]), (1, [0, 0.25, 0.5, 0.75, 1])]
+)
+def test_a_fresh_mask_grows_to_its_density_over_the_warmup(tiny_model, train, warmup, grown):
+    model = get_peft_model(tiny_model(), config(trains="nothing", density=0.5), adapter_name="news")
+    seen = []
+
+    def watch(tuner, state, kwargs):
+        layer = tuner.mask_layers()[0]
+        seen.append(int(layer.mask("news").count_nonzero()) / layer.count("news"))
+
+    spy = Spy(on_train_begin=watch, on_step_end=watch)
+    train(model, "news", spy, max_steps=4, share=1.0, warmup=warmup)
+    assert seen == pytest.approx(grown, abs=0.05)  # a kept threshold may be 5 % off; no growth begins with one entry
+
+
+def test_a_warmup_outside_of_the_phase_is_refused():
+    with pytest.raises(ConfigError, match="density_warmup"):
+        OwnershipCallback("news", density_warmup=1.5)
 
 
 def test_the_phase_that_is_off_has_no_gradient_when_the_optimizer_steps(model, train):

@@ -181,14 +181,14 @@ def test_a_finished_run_is_verified(trained):
 
 
 def test_a_changed_byte_is_found_and_its_task_named(run):
-    file = run / RunFolder.open(run).tasks[0]["files"]["head"]["file"]
+    file = next((run / "bank").glob("task-00000-*"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     result = call("verify", run)
     assert result.exit_code == 1, result.output
-    assert f"MOVED  task pets: head\nMOVED  file tasks/{file.name}" in result.stdout
-    assert "MOVED  task weather" not in result.stdout
+    assert f"MOVED  task pets: task 'pets' ({file.name}): its sha256" in result.stdout
+    assert f"MOVED  file bank/{file.name}" in result.stdout
 
 
 def test_a_base_that_has_moved_house_is_given_by_model(run, place, tmp_path):

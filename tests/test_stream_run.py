@@ -12,8 +12,8 @@ from transformers import Trainer
 
 import hf_cl.learner
 import hf_cl.train_stream
+from hf_cl import MaskBank, run_stream, verify
 from hf_cl import recipe as recipes
-from hf_cl import run_stream, verify
 from hf_cl.errors import ConfigError, HfClError, RunError
 from hf_cl.metrics import AccuracyMatrix
 from hf_cl.tuning import tune
@@ -81,7 +81,9 @@ def manifest_of(run):
 
 
 def task_files(run):
-    return {file.name: file.read_bytes() for file in (run / "tasks").iterdir()}
+    """Return the files that hold what was learned, by name."""
+    files = [*(run / "tasks").iterdir(), *(run / "bank").glob("*.safetensors"), *(run / "bank").glob("bank.json")]
+    return {file.name: file.read_bytes() for file in files}
 
 
 # --- results -----------------------------------------------------------------------------------------------
@@ -124,6 +126,14 @@ def test_a_method_without_protection_is_not_called_exact(finished, method):
 def test_the_bytes_are_those_on_the_disk(finished, method):
     run, found = finished(method)
     named = manifest_of(run)["tasks"]
+    if (run / "bank").exists():
+        files = {task.name: task.file for task in MaskBank.from_pretrained(run / "bank").manifest.tasks}
+        for name, file in files.items():
+            whole = found["bytes_per_task"][name] + found["head_bytes_per_task"][name]
+            assert whole == (run / "bank" / file.name).stat().st_size
+        assert found["bytes_shared"] == (run / "bank" / "bank.json").stat().st_size
+        assert not [*(run / "tasks").iterdir()]
+        return
     for part, key in (("task", "bytes_per_task"), ("head", "head_bytes_per_task")):
         for task in named:
             entry = task["files"].get(part)
@@ -135,7 +145,7 @@ def test_the_bytes_are_those_on_the_disk(finished, method):
 def test_the_folder_holds_the_run_and_no_rubbish(finished):
     run, _ = finished("supsup")
     left = {file.name for file in run.iterdir()} - {"accuracy.png"}
-    assert left <= {"run.json", "results.json", "tasks", "shared", "trainer"}
+    assert left <= {"run.json", "results.json", "bank", "tasks", "shared", "trainer"}
     assert not [file for file in (run / "trainer").rglob("*") if file.is_file()]
 
 
@@ -148,7 +158,7 @@ def test_one_seed_gives_the_same_files_twice(finished, tiny_recipe, tmp_path, he
 def test_another_seed_gives_other_files(finished, tiny_recipe, tmp_path, here):
     found = run_stream(load(tiny_recipe, "supsup", "training.seed=1"), tmp_path / "again")
     assert found["seed"] == 1
-    assert not set(task_files(tmp_path / "again")) & set(task_files(finished("supsup")[0]))
+    assert set(task_files(tmp_path / "again")) & set(task_files(finished("supsup")[0])) == {"bank.json"}
 
 
 def test_the_users_metrics_are_recorded(tiny_recipe, tmp_path, here):

@@ -152,7 +152,7 @@ def learn(token_rows, arguments):
         before = {name: seen(model, name) for name in known}
         model.set_adapter(adapter)
         moves = Moves(adapter)
-        ours = OwnershipCallback(adapter, mask_share=SHARE[trains], learning_rates=rates, start=start)
+        ours = OwnershipCallback(adapter, mask_share=SHARE[trains], learning_rates=rates, start=start, density_warmup=0)
         trainer = trainer_class(
             model=model,
             args=arguments(**({"max_steps": 6, "optim": "adamw_torch", "log_level": "error"} | changes)),

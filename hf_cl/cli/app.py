@@ -7,9 +7,15 @@ from typer.core import TyperGroup
 
 import hf_cl
 from hf_cl.cli import show
+from hf_cl.cli.drop import drop
 from hf_cl.cli.eval import evaluate
+from hf_cl.cli.export import export
 from hf_cl.cli.inspect import inspect
 from hf_cl.cli.methods import methods
+from hf_cl.cli.plan import plan
+from hf_cl.cli.predict import predict
+from hf_cl.cli.pull import pull
+from hf_cl.cli.push import push
 from hf_cl.cli.train import train
 from hf_cl.cli.verify import verify
 from hf_cl.errors import HfClError
@@ -54,6 +60,12 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
+app.command("predict")(predict)
+app.command("export")(export)
+app.command("drop")(drop)
+app.command("push")(push)
+app.command("pull")(pull)
+app.command("plan")(plan)
 app.command("methods")(methods)
 
 

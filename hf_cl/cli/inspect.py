@@ -1,4 +1,4 @@
-"""`hf-cl inspect`: what a run holds, read from its manifest; no model is loaded."""
+"""`hf-cl inspect`: what a run or a bank holds, read from its manifest; no model is loaded."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,30 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hf_cl.cli import show
-from hf_cl.cli.arguments import Json, Run
+from hf_cl.cli import inspect_bank, show
+from hf_cl.cli.arguments import BankOrRun, Json, Revision
+from hf_cl.cli.banks import is_run, manifest_of
 
 if TYPE_CHECKING:
     from hf_cl.storage.run_folder import RunFolder
 
-HEAD = ("model", "dtype", "fingerprint", "stream", "method", "seed", "max_length", "training", "tuning")
+HEAD = ("model", "dtype", "fingerprint", "stream", "method", "seed", "max_length", "training", "tuning", "from_bank")
 
 
-def inspect(run: Run, as_json: Json = False) -> None:
-    """Show the tasks of a run: what each costs, owns and shares, and its digest."""
-    from hf_cl.storage.run_folder import RunFolder
+def inspect(where: BankOrRun, revision: Revision = None, as_json: Json = False) -> None:
+    """Show the tasks of a run or a bank: what each costs, owns and shares, and its digest."""
+    if is_run(where, revision):
+        from hf_cl.storage.run_folder import RunFolder
 
-    content = contents(RunFolder.open(run))
+        content = contents(RunFolder.open(Path(where)))
+    else:
+        content = inspect_bank.contents(where, manifest_of(where, revision))
     if as_json:
         show.echo_json(content)
+    elif "run" in content:
+        _show(show.console(), Path(where), content)
     else:
-        _show(show.console(), run, content)
+        inspect_bank.show_bank(show.console(), content)
 
 
 def contents(folder: "RunFolder") -> dict[str, Any]:
     """Return what a run's manifest says, as plain values."""
+    from hf_cl.storage import run_folder
+
     manifest = folder.manifest
-    tasks = [_task(task) for task in folder.tasks]
+    tasks, bank = [_task(task) for task in folder.tasks], folder.path / run_folder.BANK
     return {
         "run": str(folder.path),
         **{name: manifest.get(name) for name in HEAD},
@@ -38,20 +46,22 @@ def contents(folder: "RunFolder") -> dict[str, Any]:
         "head": list((manifest.get("settled") or {}).get("head_modules", [])),
         "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
         "tasks": tasks,
+        "bank": str(bank) if bank.is_dir() else None,
     }
 
 
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     from hf_cl.ownership.digest import task_digest
 
-    files, facts = task["files"], dict(task["facts"])
+    # A run of an earlier version says it of its files.
+    sizes = task.get("bytes") or {part: file["bytes"] for part, file in task["files"].items()}
     return {
         "name": task["name"],
         "labels": len(task["labels"]),
         "source": task["source"],
-        "bytes": int(files.get("task", {}).get("bytes", 0)),
-        "head_bytes": int(files.get("head", {}).get("bytes", 0)),
-        **facts,
+        "bytes": int(sizes.get("task", 0)),
+        "head_bytes": int(sizes.get("head", 0)),
+        **task["facts"],
         "accuracy": task["metrics"].get(task["name"], {}).get("accuracy"),
         "seconds": task["seconds"],
         "digest": task_digest(task["parts"]),
@@ -70,7 +80,8 @@ def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
             f"Next: hf-cl train RECIPE --output-dir {place} --resume (the recipe it was started with)", soft_wrap=True
         )
     else:
-        out.print(f"Next: hf-cl verify {place}", soft_wrap=True)
+        more = f"   or: hf-cl inspect {shlex.quote(content['bank'])}" if content["bank"] else ""
+        out.print(f"Next: hf-cl verify {place}{more}", soft_wrap=True)
 
 
 def _head(out: Console, content: Mapping[str, Any]) -> None:
@@ -84,6 +95,8 @@ def _head(out: Console, content: Mapping[str, Any]) -> None:
         "training": _pairs({**(content["training"] or {}), "max_length": content["max_length"]}),
         "seed": content["seed"],
     }
+    if content["from_bank"]:
+        lines["from"] = f"the bank {show.short(content['from_bank'])}"
     for name, value in lines.items():
         out.print(show.plain(f"{name:<9} {value}"), soft_wrap=True)
 

@@ -95,7 +95,8 @@ def kkt_source(facts: Mapping[str, Any], names: list[str]) -> str | None:
 
 
 def _places(out: Console, run: Path) -> None:
-    for file, what in (("", "run folder"), ("results.json", "results"), ("accuracy.png", "picture")):
+    places = {"": "run folder", "bank": "mask bank", "results.json": "results", "accuracy.png": "picture"}
+    for file, what in places.items():
         if (run / file).exists():
             out.print(f"{what:<11} {show.plain(run / file)}", soft_wrap=True)
     place = shlex.quote(str(run))

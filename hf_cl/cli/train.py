@@ -7,6 +7,7 @@ import typer
 
 from hf_cl.cli import show
 from hf_cl.cli.arguments import Json
+from hf_cl.cli.banks import bank_source
 from hf_cl.errors import ConfigError
 
 
@@ -25,6 +26,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+    from_bank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BANK", help="Go on from a bank's folder or Hub id, or from a run's bank.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Learn a recipe's tasks one after another, and prove that none has changed an earlier one."""
@@ -33,6 +40,8 @@ def train(
     from hf_cl import recipe as recipes
 
     path = recipes.find(recipe)
+    # Found before anything is loaded: a wrong path must not cost a minute.
+    bank = None if from_bank is None else bank_source(from_bank)
     checked = recipes.load(recipe, overrides or ())
     run = output_dir or Path("runs") / path.stem
     progress = show.console(err=as_json)
@@ -46,7 +55,7 @@ def train(
 
     try:
         with libraries():
-            found = run_stream(checked, run, resume=resume, overwrite=overwrite, progress=tell)
+            found = run_stream(checked, run, resume=resume, overwrite=overwrite, from_bank=bank, progress=tell)
     except KeyboardInterrupt:
         progress.print("Finished tasks are kept. Go on with the same command and --resume.", soft_wrap=True)
         raise

@@ -9,6 +9,7 @@ from hf_cl.data.sources import task_from_datasets as task_from_datasets
 from hf_cl.data.stream import read_stream as read_stream
 from hf_cl.data.task import Task as Task
 from hf_cl.data.task import TaskSpec as TaskSpec
+from hf_cl.data.task import measured_on as measured_on
 from hf_cl.data.task import spec_values as spec_values
 from hf_cl.data.tokens import collator as collator
 from hf_cl.data.tokens import tokenise as tokenise

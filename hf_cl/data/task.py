@@ -6,7 +6,7 @@ no split is empty. What reads it needs no check of its own.
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +15,7 @@ from hf_cl.config import option
 from hf_cl.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
+MEASURED = ("test", "validation")
 # No path is ever made of a task's name; this keeps it one line in a table, a log and a terminal.
 NAME = re.compile(r"\w[\w .-]*")
 
@@ -109,6 +110,19 @@ class Task:
     def num_labels(self) -> int:
         """How many labels the task has."""
         return len(self.labels)
+
+
+def measured_on(task: Task, split: str) -> Task:
+    """Return a task that is measured on `split`: its test rows, or its validation rows in their place.
+
+    What is chosen by looking at figures must not see test rows, and every part that measures reads `test`.
+
+    Raises:
+        ConfigError: `split` is neither.
+    """
+    if split not in MEASURED:
+        raise ConfigError(f"split: {split!r} is not measured on. Choose {' or '.join(MEASURED)}.")
+    return task if split == "test" else replace(task, test=task.validation)
 
 
 def _check_numbers(spec: TaskSpec) -> None:

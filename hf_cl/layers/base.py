@@ -3,7 +3,9 @@
 No security flag is ever read from a file: `trust_remote_code` is False, weights are safetensors.
 """
 
+import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,3 +110,18 @@ def encoder_tensors(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str
 def base_fingerprint(model: nn.Module, head: Iterable[str]) -> str:
     """Return the sha256 over name, dtype, shape and bytes of every base tensor that a forward reads, but its head's."""
     return digest(encoder_tensors(model, head))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the sha256 over what decides how a tokenizer cuts a text: its rules and its vocabulary.
+
+    Padding and truncation are left out: they are set anew by every call.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    rules["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()

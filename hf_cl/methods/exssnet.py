@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from hf_cl.config import option
 from hf_cl.layers.base import Base
 from hf_cl.masks.compose import COMPOSES
+from hf_cl.masks.values import DTYPES
 from hf_cl.training.kkt_start import KKT
-from hf_cl.training.masked import MaskedMethod
-from hf_cl.training.method import Settled
+from hf_cl.training.masked import KKT_MEAN, MaskedMethod
+from hf_cl.training.method import Settled, Stores
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
+
+STORES = Stores(task=(KKT_MEAN,))
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,15 @@ class Options:
     kkt_margin: float = option(
         5.0, help="Head start of a source's entries, in steps of the scores' learning rate.", least=0
     )
+    density_warmup: float = option(
+        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+    )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)
     head_learning_rate: float | None = option(
         None, help="Peak learning rate of the head; none: the training's.", above=0
     )
-    values_dtype: str = option("bfloat16", help="What values are rounded to.", choices=("bfloat16", "float32"))
+    values_dtype: str = option("bfloat16", help="What values are rounded to.", choices=DTYPES)
     train_norms: bool = option(False, help="Give every task its own copies of the norms.")
     head: str = option("own", help="A head a task, or the first task's, frozen, for all.", choices=HEADS)
 
@@ -69,4 +75,12 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         "values": options.values_learning_rate,
         "head": options.head_learning_rate,
     }
-    return MaskedMethod(base, config, settled=settled, mask_share=options.mask_share, rates=rates, kkt=kkt)
+    return MaskedMethod(
+        base,
+        config,
+        settled=settled,
+        mask_share=options.mask_share,
+        density_warmup=options.density_warmup,
+        rates=rates,
+        kkt=kkt,
+    )

@@ -30,6 +30,9 @@ class Options:
     mask_share: float = option(
         0.67, help="Share of a task's steps that train the mask; the rest train values.", above=0, below=1
     )
+    density_warmup: float = option(
+        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+    )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)
     head_learning_rate: float | None = option(
@@ -54,4 +57,6 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         "values": options.values_learning_rate,
         "head": options.head_learning_rate,
     }
-    return MaskedMethod(base, config, settled=settled, mask_share=options.mask_share, rates=rates)
+    return MaskedMethod(
+        base, config, settled=settled, mask_share=options.mask_share, density_warmup=options.density_warmup, rates=rates
+    )

@@ -12,9 +12,11 @@ from hf_cl.config import option
 from hf_cl.layers.base import Base
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.training.masked import MaskedMethod
-from hf_cl.training.method import Settled
+from hf_cl.training.method import Settled, Stores
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
+
+STORES = Stores()
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Options:
         1.5, help="Magnitude of the store's start, in standard deviations of the layer's weight.", above=0
     )
     rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
+    density_warmup: float = option(
+        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+    )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     head_learning_rate: float | None = option(
         None, help="Peak learning rate of the head; none: the training's.", above=0
@@ -47,4 +52,4 @@ def build(base: Base, options: Options, seed: int, settled: Settled | None = Non
         seed=seed,
     )
     rates = {"scores": options.scores_learning_rate, "head": options.head_learning_rate}
-    return MaskedMethod(base, config, settled=settled, rates=rates)
+    return MaskedMethod(base, config, settled=settled, density_warmup=options.density_warmup, rates=rates)

@@ -18,14 +18,30 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(raw) if flat.numel() else memoryview(b"")
 
 
+class Digest:
+    """A sha256 that takes named tensors one after another."""
+
+    def __init__(self, *parts: str) -> None:
+        """Begin with texts."""
+        self._state = hashlib.sha256()
+        for part in parts:
+            self._state.update(f"{len(part)}:{part}".encode())
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor with its name, dtype and shape."""
+        self._state.update(f"{len(name)}:{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        self._state.update(tensor_bytes(tensor))
+
+    def hexdigest(self) -> str:
+        """Return the digest so far, hexadecimal."""
+        return self._state.hexdigest()
+
+
 def digest(tensors: Iterable[tuple[str, Tensor]], *parts: str) -> str:
     """Return the hexadecimal sha256 of named tensors, preceded by any text `parts`."""
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(f"{len(part)}:{part}".encode())
+    state = Digest(*parts)
     for name, tensor in tensors:
-        state.update(f"{len(name)}:{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        state.update(tensor_bytes(tensor))
+        state.update(name, tensor)
     return state.hexdigest()
 
 

@@ -24,7 +24,11 @@ FORMAT, VERSION = "hf_cl-bank", 1
 MANIFEST = "bank.json"
 MOST_BYTES = 16 * 1024 * 1024
 """Of a manifest; a bank of a thousand tasks stays below a tenth of it."""
-FILE = re.compile(r"task-\d{5}-[0-9a-f]{16}\.safetensors")
+FILE = re.compile(r"(task-\d{5}|left-\d{5}|shared)-([0-9a-f]{16})\.safetensors")
+"""A task's file, what a dropped task left behind, what all tasks share; each named by its content."""
+VALUES = ("float32", "bfloat16", "int8")
+MOST_ENTRIES = 2**30
+"""Of one layer; what is checked without a base is no larger than the largest layers that exist."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(rb'^\{"digest":"([0-9a-f]{64})",')
 
@@ -40,23 +44,28 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """The base: Hub id (or None), revision (or None), dtype, sha256 of its tensors and of its tokenizer (or None)."""
+    """The base: Hub id (or None), revision (or None), dtype, sha256 of its tensors and of its tokenizer."""
 
     id: str | None
     revision: str | None
     dtype: str
     fingerprint: str
-    tokenizer: str | None
+    tokenizer: str
 
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """What is fixed for a bank's life: the form, the seed, each layer's magnitude, which layers, head, norms."""
+    """What is fixed for a bank's life: the form, the seed, each layer's magnitude and shape, which layers, head, norms.
+
+    `scales` and `shapes` have one entry a masked layer, by its path; a task's codes follow the order of `layers`.
+    """
 
     compose: str
     seed: int
     scale: float
+    layers: list[str]
     scales: dict[str, float]
+    shapes: dict[str, list[int]]
     targets: list[str]
     exclude: list[str]
     head: list[str]
@@ -67,7 +76,8 @@ class StoreEntry:
 class TaskEntry:
     """One finished task.
 
-    `parts` are the digests taken at its commit, `probe` that of its probe logits; `inherits` are the numbers of the
+    `parts` are the digests taken at its commit, `probe` that of its probe logits, taken with the
+    versions and on the machine of `environment`; `inherits` are the numbers of the
     tasks whose trained values it reads; `sizes` are bytes of masks, values and head. `source` (a Hub id, `local:` or
     `memory:` with a name, never a path), `method`, `start` and `metrics` are provenance.
     """
@@ -83,12 +93,29 @@ class TaskEntry:
     inherits: list[int]
     parts: dict[str, str]
     probe: str
+    environment: dict[str, str]
     source: str
     method: dict[str, Any]
     start: dict[str, Any] | None
     metrics: dict[str, Any]
     sizes: dict[str, int]
     file: FileEntry
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """What is left of a dropped task: the entries it owned that other tasks read."""
+
+    index: int
+    density: float
+    values_dtype: str
+    trains: str
+    file: FileEntry
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"(dropped) {self.index}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +126,9 @@ class Manifest:
     base: BaseEntry
     store: StoreEntry
     tasks: list[TaskEntry]
+    tombstones: list[Tombstone]
+    shared: FileEntry | None
     next_index: int
-    environment: dict[str, str]
 
     def to_bytes(self) -> bytes:
         """Return the canonical form: sorted keys, no spaces, ASCII, the digest first."""
@@ -140,13 +168,17 @@ class Manifest:
         """The sha256 that pins the bank."""
         return self.to_bytes()[11:75].decode()
 
-    def task(self, name: str) -> TaskEntry:
-        """Return a task by its name.
+    @property
+    def files(self) -> list[FileEntry]:
+        """Every file it names."""
+        held = [entry.file for entry in self.entries]
+        return held + ([self.shared] if self.shared is not None else [])
 
-        Raises:
-            KeyError: There is none.
-        """
-        return next(task for task in self.tasks if task.name == name)
+    @property
+    def entries(self) -> list[TaskEntry | Tombstone]:
+        """Tasks and tombstones in the order of their numbers: the order in which entries were claimed."""
+        found: list[TaskEntry | Tombstone] = [*self.tasks, *self.tombstones]
+        return sorted(found, key=lambda entry: entry.index)
 
 
 def _canonical(value: Any) -> bytes:
@@ -204,30 +236,48 @@ def _check(manifest: Manifest, where: str) -> None:
         if not holds:
             problems.append(what)
 
-    indexes = [task.index for task in manifest.tasks]
-    must(manifest.store.compose in COMPOSES, f"compose {manifest.store.compose!r}")
+    tasks, store = manifest.tasks, manifest.store
+    numbers = [entry.index for entry in manifest.entries]
+    must(store.compose in COMPOSES, f"compose {store.compose!r}")
     must(manifest.generation >= 0, "a negative generation")
-    must(indexes == sorted(set(indexes)), "task numbers that do not rise")
-    must(all(0 <= index < manifest.next_index <= MOST_TASKS + 1 for index in indexes), "task numbers out of range")
-    must(len({_folded(task.name) for task in manifest.tasks}) == len(indexes), "two tasks of one name")
+    must([task.index for task in tasks] == sorted(task.index for task in tasks), "task numbers that do not rise")
+    must(len(set(numbers)) == len(numbers), "a task number twice")
+    must(all(0 <= index < manifest.next_index <= MOST_TASKS + 1 for index in numbers), "task numbers out of range")
+    must(len({_folded(task.name) for task in tasks}) == len(tasks), "two tasks of one name")
     must(_HEX.fullmatch(manifest.base.fingerprint) is not None, "a base fingerprint that is no sha256")
-    must(len(set(manifest.store.targets)) == len(manifest.store.targets) > 0, "targets that are none, or double")
-    must(all(scale > 0 for scale in manifest.store.scales.values()) and bool(manifest.store.scales), "scales below 0")
-    for task in manifest.tasks:
+    must(_HEX.fullmatch(manifest.base.tokenizer) is not None, "a tokenizer's fingerprint that is no sha256")
+    must(len(set(store.targets)) == len(store.targets) > 0, "targets that are none, or double")
+    must(set(store.scales) == set(store.shapes) == set(store.layers), "scales and shapes of different layers")
+    must(len(set(store.layers)) == len(store.layers) > 0, "layers that are none, or double")
+    must(all(scale > 0 for scale in store.scales.values()), "scales below 0")
+    must(all(_is_shape(shape) for shape in store.shapes.values()), "shapes that no layer has")
+    for task in tasks:
         name = f"task {task.index}"
         must(bool(task.name.strip()), f"{name} without a name")
-        must(0 < task.density <= 1, f"{name} with density {task.density}")
         must(task.problem_type in PROBLEMS, f"{name} with problem_type {task.problem_type!r}")
-        must(task.trains in ("nothing", "claimed"), f"{name} that trains {task.trains!r}")
-        must(task.values_dtype in ("float32", "bfloat16"), f"{name} with values in {task.values_dtype!r}")
         must(0 < len(task.labels) == len(set(task.labels)), f"{name} with no labels, or double ones")
+        must(set(task.inherits) <= set(numbers), f"{name} inheriting from a task that is not there")
         must(all(0 <= other < task.index for other in task.inherits), f"{name} inheriting from a later task")
         must(task.head_of is None or 0 <= task.head_of < task.index, f"{name} sharing a later task's head")
-        must(FILE.fullmatch(task.file.name) is not None, f"{name} in a file of another name than a task's")
-        must(task.file.name[11:27] == task.file.sha256[:16], f"{name} in a file not named by its content")
-        must(_HEX.fullmatch(task.file.sha256) is not None and task.file.bytes > 0, f"{name} with a bad file entry")
+        must(set(task.method) == {"name", "options"}, f"{name} with a method that is none")
+    for entry in manifest.entries:
+        name = f"task {entry.index}"
+        must(0 < entry.density <= 1, f"{name} with density {entry.density}")
+        must(entry.trains in ("nothing", "claimed"), f"{name} that trains {entry.trains!r}")
+        must(entry.values_dtype in VALUES, f"{name} with values in {entry.values_dtype!r}")
+        kind = "task" if isinstance(entry, TaskEntry) else "left"
+        must(entry.file.name.startswith(f"{kind}-{entry.index:05d}-"), f"{name} in a file of another name")
+    must(manifest.shared is None or manifest.shared.name.startswith("shared-"), "a shared file of another name")
+    for file in manifest.files:
+        found = FILE.fullmatch(file.name)
+        must(found is not None and found[2] == file.sha256[:16], "a file not named by its content")
+        must(_HEX.fullmatch(file.sha256) is not None and file.bytes > 0, "a bad file entry")
     if problems:
         raise _corrupt(where, ", ".join(problems[:5]))
+
+
+def _is_shape(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and all(size > 0 for size in shape) and shape[0] * shape[1] <= MOST_ENTRIES
 
 
 def _folded(name: str) -> str:

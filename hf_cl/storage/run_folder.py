@@ -1,7 +1,8 @@
 """The run folder: what a stream leaves on disk.
 
     RUN/run.json                      what was learned so far; renamed into place last
-    RUN/tasks/0003.task-<sha>.safetensors   coded masks and the values the task owns
+    RUN/bank/                         the mask bank, where the method gives one; see hf_cl/storage/bank_folder.py
+    RUN/tasks/0003.task-<sha>.safetensors   else: what the task adds
     RUN/tasks/0003.head-<sha>.safetensors   its head and norms
     RUN/shared/<sha>.safetensors      what all tasks share, where a method has such
     RUN/results.json, accuracy.png    after the last task
@@ -34,6 +35,7 @@ FORMAT = 1
 MANIFEST = "run.json"
 RESULTS = "results.json"
 PICTURE = "accuracy.png"
+BANK = "bank"
 KEYS = ("model", "fingerprint", "method", "seed", "max_length", "tasks", "shared")
 TASK_KEYS = {"name", "labels", "parts", "probe", "files"}
 FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
@@ -146,6 +148,8 @@ class RunFolder:
                 if tensors:
                     entry = _blob(blobs, f"tasks/{index:04d}.{part}", tensors)
                     tasks[index]["files"][part] = entry
+        for task in (tasks[index] for index in files):
+            task["bytes"] = {part: task["files"].get(part, {}).get("bytes", 0) for part in ("task", "head")}
         manifest = {**self.manifest, "tasks": tasks}
         if shared:
             manifest["shared"] = _blob(blobs, "shared/all", shared)
@@ -225,7 +229,7 @@ class RunFolder:
 
 def _remove_run(path: Path) -> None:
     """Remove what a run writes, and nothing else that lies beside it."""
-    for name in ("tasks", "shared", "trainer"):
+    for name in ("tasks", "shared", "trainer", BANK):
         if not (path / name).is_symlink():
             shutil.rmtree(path / name, ignore_errors=True)
     for name in (RESULTS, PICTURE, MANIFEST):

@@ -1,7 +1,9 @@
 """Ask earlier tasks' networks about a new task's texts, and shift its scores (KKT on a live model)."""
 
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,19 @@ from hf_cl.layers.families import head_features
 from hf_cl.layers.heads import task_generator
 from hf_cl.starts.kkt import Choice, choose, nearest_tasks, scores_from_mask
 from hf_cl.tuner.model import MaskModel
+
+
+class Finished(Protocol):
+    """Knows finished tasks that are not loaded."""
+
+    def numbers(self) -> Collection[int]:
+        """Return the numbers of all finished tasks."""
+
+    def bring(self, index: int) -> str:
+        """Load one, if it is not; return its adapter."""
+
+    def put_away(self) -> None:
+        """Unload those that were loaded, but for the active task."""
 
 
 @dataclass
@@ -21,12 +36,14 @@ class KKT:
         sample: Training texts that are looked at.
         margin: How far kept scores stand above fresh ones, in steps of the scores' learning rate.
         means: Mean base feature of each learned task by its number; chooses the candidates.
+        finished: Loads tasks that lie on disk; None where all are loaded.
     """
 
     k: int
     sample: int
     margin: float
     means: dict[int, Tensor]
+    finished: Finished | None = None
 
 
 def start_by_kkt(
@@ -51,14 +68,18 @@ def start_by_kkt(
         for name, other in tuner.peft_config.items()
         if name != adapter and tuner.phase(name) == "committed"
     }
+    on_disk = set(options.finished.numbers()) - {index, *adapters} if options.finished is not None else set()
     cache: dict[int | None, Tensor] = {None: _features(tuner, None, batches, device)}
 
     def features(task: int | None) -> Tensor:
-        return cache[None] if task is None else _features(tuner, adapters[task], batches, device)
+        if task is None:
+            return cache[None]
+        with _loaded(options, adapters, task) as source:
+            return _features(tuner, source, batches, device)
 
     mean = cache[None].mean(0)
     far = torch.full_like(mean, torch.inf)
-    candidates = nearest_tasks(mean, {task: options.means.get(task, far) for task in adapters})
+    candidates = nearest_tasks(mean, {task: options.means.get(task, far) for task in {*adapters, *on_disk}})
     generator = task_generator(config.seed, index, "kkt")
     choice = choose(
         features,
@@ -70,8 +91,21 @@ def start_by_kkt(
     )
     options.means[index] = mean
     if choice.source is not None:
-        _start_from(tuner, adapter, adapters[choice.source], options.margin * rate)
+        with _loaded(options, adapters, choice.source) as source:
+            _start_from(tuner, adapter, source, options.margin * rate)
     return choice
+
+
+@contextmanager
+def _loaded(options: KKT, adapters: Mapping[int, str], task: int) -> Iterator[str]:
+    """Give a finished task's adapter, loaded from disk meanwhile if it lies there."""
+    if task in adapters or options.finished is None:
+        yield adapters[task]
+        return
+    try:
+        yield options.finished.bring(task)
+    finally:
+        options.finished.put_away()
 
 
 def _start_from(tuner: MaskModel, adapter: str, source: str, margin: float) -> None:

@@ -3,9 +3,9 @@
 `supsup`, `exssnet` and `ssnet` differ in what trains and for how long; their files say so, this does it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -20,7 +20,7 @@ from hf_cl.ownership.digest import digest
 from hf_cl.training.groups import parameter_groups
 from hf_cl.training.kkt_start import KKT
 from hf_cl.training.method import Method, Packed, Settled
-from hf_cl.training.ownership_callback import OwnershipCallback
+from hf_cl.training.ownership_callback import DENSITY_WARMUP, OwnershipCallback
 from hf_cl.tuner import MaskConfig, MaskModel
 
 KKT_MEAN = "kkt.mean"
@@ -61,8 +61,28 @@ def drop_adapter(model: PeftModel | None, adapter: str) -> PeftModel | None:
     return model
 
 
+class Shelf(Protocol):
+    """Finished tasks that lie on disk, and go into the model only while they answer."""
+
+    @property
+    def numbers(self) -> Collection[int]:
+        """The tasks' numbers."""
+
+    def config(self, index: int) -> MaskConfig:
+        """Return a task's config."""
+
+    def occupy(self, tuner: MaskModel) -> None:
+        """Make all of them, loaded or not, the owners of their entries."""
+
+    def place(self, tuner: MaskModel, index: int) -> None:
+        """Put a task into its added adapter."""
+
+
 class MaskedMethod(Method):
     """Learns every task as a masked adapter of one model."""
+
+    shelf: Shelf | None = None
+    """Where finished tasks are that are not loaded; see `keep_on`."""
 
     def __init__(
         self,
@@ -71,6 +91,7 @@ class MaskedMethod(Method):
         *,
         settled: Settled | None = None,
         mask_share: float = 1.0,
+        density_warmup: float = DENSITY_WARMUP,
         rates: Mapping[str, float | None] | None = None,
         kkt: KKT | None = None,
     ) -> None:
@@ -81,6 +102,7 @@ class MaskedMethod(Method):
             config: Every adapter's options; labels and number are filled in a task.
             settled: What an earlier process computed once: targets, head and scales.
             mask_share: Share of a task's steps that train its mask.
+            density_warmup: Share of those in which the mask grows to its density.
             rates: Learning rates of `scores`, `values`, `head`; None is the training arguments' own.
             kkt: The start; None begins fresh.
         """
@@ -89,7 +111,7 @@ class MaskedMethod(Method):
         self.config = replace(config, head_modules=list(base.head), **once)
         self.config.task_type = "SEQ_CLS"
         self.rates = {role: rate for role, rate in (rates or {}).items() if rate is not None}
-        self.mask_share, self.kkt = mask_share, kkt
+        self.mask_share, self.density_warmup, self.kkt = mask_share, density_warmup, kkt
         self._model: PeftModel | None = None
         self._callback: OwnershipCallback | None = None
 
@@ -119,12 +141,51 @@ class MaskedMethod(Method):
     def begin(self, index: int, labels: tuple[str, ...]) -> None:
         """Add task number `index` as a new adapter."""
         config = replace(self.config, id2label=dict(enumerate(labels)), num_labels=len(labels), task_index=index)
+        self._add(index, config)
+        self._model.set_adapter(adapter_of(index))  # type: ignore[union-attr]
+
+    def _add(self, index: int, config: MaskConfig) -> None:
         adapter = adapter_of(index)
-        if self._model is None:
-            self._model = get_peft_model(self.base.model, config, adapter_name=adapter)
-        else:
+        if self._model is not None:
             self._model.add_adapter(adapter, config)
-        self._model.set_adapter(adapter)
+            return
+        self._model = get_peft_model(self.base.model, config, adapter_name=adapter)
+        if self.shelf is not None:
+            self.shelf.occupy(self.tuner)
+
+    def keep_on(self, shelf: Shelf) -> None:
+        """Leave finished tasks on disk from now on: one is loaded at a time, while it answers.
+
+        Args:
+            shelf: Has the tasks; those it has are unloaded, all but the active one.
+        """
+        self.shelf = shelf
+        if self._model is not None:
+            self._put_away(str(self.tuner.active_adapters[0]))
+
+    def numbers(self) -> set[int]:
+        """Return the numbers of all finished tasks, loaded or on disk."""
+        loaded = self._model.peft_config if self._model is not None else {}
+        done = {int(config.task_index) for name, config in loaded.items() if self.tuner.phase(name) == "committed"}
+        return done | set(self.shelf.numbers if self.shelf is not None else ())
+
+    def bring(self, index: int) -> str:
+        """Load a finished task that lies on disk, if it does; return its adapter."""
+        adapter, loaded = adapter_of(index), self._model is not None and adapter_of(index) in self._model.peft_config
+        if not loaded and self.shelf is not None and index in self.shelf.numbers:
+            self._add(index, self.shelf.config(index))
+            self.shelf.place(self.tuner, index)
+        return adapter
+
+    def put_away(self) -> None:
+        """Unload all finished tasks that lie on disk but the active one."""
+        if self._model is not None and self.shelf is not None:
+            self._put_away(str(self.tuner.active_adapters[0]))
+
+    def _put_away(self, but: str) -> None:
+        for index in self.shelf.numbers if self.shelf is not None else ():
+            if adapter_of(index) != but and adapter_of(index) in self.tuner.peft_config:
+                self.tuner.leave(adapter_of(index))
 
     def abandon(self, index: int) -> None:
         """Delete the unfinished adapter; the model of a first task is unwrapped."""
@@ -137,9 +198,12 @@ class MaskedMethod(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the ownership callback."""
+        if self.kkt is not None:
+            self.kkt.finished = self
         self._callback = OwnershipCallback(
             str(self.tuner.active_adapters[0]),
             mask_share=self.mask_share,
+            density_warmup=self.density_warmup,
             learning_rates=self.rates,
             start=self.kkt,
         )
@@ -150,10 +214,14 @@ class MaskedMethod(Method):
 
     def activate(self, index: int) -> None:
         """Make a finished task's adapter active."""
-        self.tuner.set_adapter(adapter_of(index), inference_mode=True)
+        adapter = self.bring(index)
+        model: Any = self.model
+        model.set_adapter(adapter, inference_mode=True)
+        self.put_away()
 
     def parts(self, index: int) -> dict[str, str]:
         """Return digests of base, masks, values, owners, and head with norms."""
+        self.bring(index)
         return digests(self.tuner, adapter_of(index))
 
     def facts(self, index: int) -> dict[str, Any]:
@@ -186,9 +254,16 @@ class MaskedMethod(Method):
             values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
             task["values"] = values.to(getattr(torch, self.config.values_dtype)).cpu()
         head = {name: tensor.detach().cpu() for name, tensor in self.tuner.own_tensors(adapter).items()}
-        if self.kkt is not None and index in self.kkt.means:
-            head[KKT_MEAN] = self.kkt.means[index]
-        return Packed(task, head)
+        return Packed(task, head | self.extra(index))
+
+    def extra(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the mean base feature of the task's texts, where KKT has it."""
+        return {KKT_MEAN: self.kkt.means[index]} if self.kkt is not None and index in self.kkt.means else {}
+
+    def restore_extra(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the mean base feature back."""
+        if self.kkt is not None and KKT_MEAN in tensors:
+            self.kkt.means[index] = tensors[KKT_MEAN]
 
     def restore(self, index: int, labels: tuple[str, ...], packed: Packed) -> None:
         """Add a finished task from its coded masks, own values and head.
@@ -224,9 +299,7 @@ class MaskedMethod(Method):
 
     def _restore_head(self, adapter: str, index: int, packed: Packed) -> None:
         tensors = dict(packed.head)
-        mean = tensors.pop(KKT_MEAN, None)
-        if mean is not None and self.kkt is not None:
-            self.kkt.means[index] = mean
+        self.restore_extra(index, {KKT_MEAN: tensors.pop(KKT_MEAN)} if KKT_MEAN in tensors else {})
         load_exactly(self.tuner.own_tensors(adapter), tensors, f"task {index}: its head")
         self.tuner.finish(adapter)
 

@@ -37,6 +37,19 @@ class Packed:
     head: Tensors = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stores:
+    """What a method's tasks keep in a bank besides masks, values and head; each method file says it as `STORES`.
+
+    Attributes:
+        task: Names of tensors a task may have.
+        shared: Names of tensors that all tasks share.
+    """
+
+    task: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
 class Method(ABC):
     """One way to learn a stream of tasks on one base."""
 
@@ -105,6 +118,15 @@ class Method(ABC):
     def rewritten(self, index: int) -> Sequence[int]:
         """Return the numbers of the tasks whose stored tensors changed with the commit of `index`."""
         return (index,)
+
+    def extra(self, index: int) -> Tensors:
+        """Return what a finished task keeps in a bank besides masks, values and head: names that `STORES` declares."""
+        del index
+        return {}
+
+    def restore_extra(self, index: int, tensors: Tensors) -> None:
+        """Take back what `extra` gave; by default there is nothing to take."""
+        del index, tensors
 
     def shared(self) -> Tensors:
         """Return tensors that all tasks share and that are stored once; none by default."""

@@ -1,6 +1,6 @@
 """The Trainer callback that takes one masked adapter from its start to its commit.
 
-    on_train_begin           checks, digest of what earlier tasks own, start (fresh or KKT), groups, schedules
+    on_train_begin           checks, start (fresh or KKT), digest of what earlier tasks own, groups, schedules
     on_step_end              mask phase: refresh masks; at the claim: fix them, open the values
     on_pre_optimizer_step    stop at a non-finite gradient; the off phase's gradients become None
     on_evaluate              keep the best state of the last phase (load_best_model_at_end)
@@ -35,6 +35,7 @@ from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
 
 logger = logging.getLogger(__name__)
+DENSITY_WARMUP = 0.25
 SCARCE = 0.1
 """Share of its budget under which a task's trainable entries are called scarce."""
 
@@ -56,6 +57,7 @@ class OwnershipCallback(TrainerCallback):
         adapter: str,
         *,
         mask_share: float = 1.0,
+        density_warmup: float = DENSITY_WARMUP,
         learning_rates: Mapping[str, float] | None = None,
         start: KKT | None = None,
     ) -> None:
@@ -65,12 +67,18 @@ class OwnershipCallback(TrainerCallback):
             adapter: The adapter that is active and not committed.
             mask_share: Share of the optimizer steps that train the mask; the rest train values. Below 1
                 needs a config with `trains` other than "nothing".
+            density_warmup: Share of the mask phase in which the mask grows to its density, evenly. A fresh mask that is
+                whole at once exchanges its share of every weight for random signs after one step; no learning rate
+                mends that. A mask that starts from an earlier task's is whole at once.
             learning_rates: Of `scores`, `values` and `head`; one left out is the arguments' learning rate.
             start: Where scores begin; None begins fresh.
         """
         if not 0 < mask_share <= 1:
             raise ConfigError(f"mask_share: expected a share in (0, 1], found {mask_share!r}.")
+        if not 0 <= density_warmup <= 1:
+            raise ConfigError(f"density_warmup: expected a share in [0, 1], found {density_warmup!r}.")
         self.adapter, self.mask_share, self.start = adapter, mask_share, start
+        self.density_warmup = density_warmup
         self.learning_rates = dict(learning_rates or {})
         self.choice: Choice | None = None
         self.facts: dict[str, float] = {}
@@ -100,7 +108,6 @@ class OwnershipCallback(TrainerCallback):
         tuner = self._tuner(kwargs["model"])
         self._check(tuner, args)
         tuner.require_free(self.adapter)
-        self._owned = tuner.owned_digest(self._index(tuner))
         self._best = self._checkpoint = None
         steps = state.max_steps
         if steps < 2 and not self._mask_only(tuner):
@@ -109,8 +116,10 @@ class OwnershipCallback(TrainerCallback):
         if self.start is not None and state.global_step == 0:
             rate = self._rate("scores", args)
             self.choice = start_by_kkt(tuner, self.adapter, kwargs["train_dataloader"], self.start, rate, args.device)
+        # After the start, which loads and unloads tasks that lie on disk: the digest covers those that are loaded.
+        self._owned = tuner.owned_digest(self._index(tuner))
         if tuner.phase(self.adapter) == "mask":
-            tuner.refresh_masks(self.adapter)
+            tuner.refresh_masks(self.adapter, self._grown(state.global_step))
         self._parameters = {role: [] for role in ROLES}
         for name, parameter in kwargs["model"].named_parameters():
             if parameter.requires_grad:
@@ -156,6 +165,12 @@ class OwnershipCallback(TrainerCallback):
 
     def _mask_only(self, tuner: MaskModel) -> bool:
         return bool(tuner.peft_config[self.adapter].trains == "nothing")
+
+    def _grown(self, step: int) -> float:
+        """Return the share of its density that the mask has after `step` optimizer steps."""
+        warm = self.density_warmup * self._claim_step
+        started = self.choice is not None and self.choice.source is not None
+        return 1.0 if started or step >= warm else step / warm
 
     def _index(self, tuner: MaskModel) -> int:
         return int(tuner.peft_config[self.adapter].task_index or 0)
@@ -213,7 +228,7 @@ class OwnershipCallback(TrainerCallback):
         if tuner.phase(self.adapter) != "mask":
             return
         if state.global_step < self._claim_step or self._mask_only(tuner):
-            tuner.refresh_masks(self.adapter)
+            tuner.refresh_masks(self.adapter, self._grown(state.global_step))
             return
         opened = tuner.begin_weight_phase(self.adapter)
         self.facts = tuner.facts(self.adapter)

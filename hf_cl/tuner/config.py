@@ -14,13 +14,13 @@ from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import missing_parameters
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.masks.select import kept_count
+from hf_cl.masks.values import DTYPES
 from hf_cl.tuner.card import write_cards
 from hf_cl.tuner.peft_type import extend_peft_type
 
 MASK = extend_peft_type("HFCL")
 RANKS = ("signed", "magnitude")
 TRAINS = ("nothing", "claimed", "mask")
-DTYPES = ("float32", "bfloat16")
 HEADS = ("own", "shared")
 WEIGHTS = "adapter_model.safetensors"
 SENSELESS = {
@@ -98,6 +98,8 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "sha256 of the tensors saved beside this config; filled in when it is saved."}
     )
 
+    arrives: ClassVar[bool] = False
+    """Whether the adapter is of a finished task, which is installed right after it was added."""
     from_load: ClassVar[bool] = False
     """Whether PEFT read it to load an adapter into a model, and has not loaded it yet."""
     from_file: ClassVar[bool] = False

@@ -68,6 +68,16 @@ class KnownTasks(BaseTuner):
                 f"with a lower `density`."
             )
 
+    def trained_numbers(self) -> set[int]:
+        """Return the numbers of the finished tasks that own trained values, loaded or not."""
+        numbers = {int(config.task_index or 0): name for name, config in self.peft_config.items()}
+        found = {
+            index
+            for index, name in numbers.items()
+            if any(layer.hfcl_owned[name].numel() for layer in self.mask_layers() if name in layer.hfcl_owned)
+        }
+        return found | {index for layer in self.mask_layers() for index, own in layer.elsewhere.items() if own}
+
     def capacity_used(self) -> float:
         """Return the share of all masked entries that some task owns."""
         layers = self.mask_layers()

@@ -31,6 +31,7 @@ from hf_cl.layers.store import MaskStore
 from hf_cl.masks.bits import pack, unpack
 from hf_cl.masks.compose import layer_scale
 from hf_cl.masks.select import kept_count, topk_mask
+from hf_cl.masks.values import round_values
 from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FOREIGN, FREE, claim
 from hf_cl.tuner.arrival import install_arrived, make_room
@@ -69,6 +70,8 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         # While a task is merged: the base's own weight, so that unmerging gives back its very bits.
         self.register_buffer("pretrained", None, persistent=False)
         self.arrived: set[str] = set()
+        # Finished tasks that are not loaded here and own entries all the same, and whether they trained values.
+        self.elsewhere: dict[int, bool] = {}
         self._overwritten: tuple[str, Tensor, Tensor] | None = None
         self.register_load_state_dict_pre_hook(make_room)
         self.register_load_state_dict_post_hook(install_arrived)
@@ -89,9 +92,13 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         """Register a new task's tensors: fresh scores, an empty vector, no mask."""
         weight, size = self.base_layer.weight, self.base_layer.weight.numel()
         self.configs[adapter] = config
-        self.hfcl_scores[adapter] = nn.Parameter(self.first_scores(adapter))
-        self.hfcl_values[adapter] = nn.Parameter(torch.zeros(self.count(adapter), device=weight.device))
         empty = torch.empty(0, device=weight.device)
+        if config.arrives:  # finished: what would train it is not even drawn
+            for parameters in (self.hfcl_scores, self.hfcl_values):
+                parameters[adapter] = nn.Parameter(empty.clone(), requires_grad=False)
+        else:
+            self.hfcl_scores[adapter] = nn.Parameter(self.first_scores(adapter))
+            self.hfcl_values[adapter] = nn.Parameter(torch.zeros(self.count(adapter), device=weight.device))
         self.hfcl_bits[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
         self.hfcl_owned[adapter], self.hfcl_inherited[adapter] = empty.clone(), empty.clone()
         self.hfcl_where[adapter] = self.owners_digest()
@@ -185,7 +192,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
             mask = self.mask(adapter)
             where = self.trainable(adapter, mask)
             values = self.hfcl_values[adapter].detach()[: where.shape[0]]
-            trained = values.to(getattr(torch, config.values_dtype)).float()
+            trained = round_values(values, where, mask.shape[1], config.values_dtype)
             if config.trains == "mask":
                 self._overwritten = (adapter, where, self.store.values.view(-1)[where])
             self.store.values.view(-1)[where] = trained
@@ -200,6 +207,20 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         self.store.values.view(-1)[where] = values
         self.store.owner.view(-1)[where] = FOREIGN
 
+    def occupy(self, index: int, own: Tensor, values: Tensor | None) -> None:
+        """Make a task that is not loaded the owner of its entries.
+
+        Args:
+            index: The task's number.
+            own: bool, of the weight's shape.
+            values: float32, the values it trained at those entries in storage order, or None.
+        """
+        if values is not None:
+            self.store.values.view(-1)[own.view(-1).nonzero().squeeze(1)] = values.to(self.store.values.device)
+        with self.owners_change():
+            self.store.owner = claim(self.store.owner, own, index)
+        self.elsewhere[index] = values is not None
+
     def install(self, adapter: str, mask: Tensor, values: Tensor | None, own: Tensor | None = None) -> None:
         """Put a finished task in place from its mask and the trained values of its own entries.
 
@@ -213,6 +234,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
             OwnershipError: The number of values is not that of the entries the task claims.
         """
         own = mask & (self.store.owner == FREE) if own is None else own
+        self.elsewhere.pop(int(self.configs[adapter].task_index or 0), None)
         where = own.view(-1).nonzero().squeeze(1)
         if values is not None:
             if values.shape[0] != where.shape[0]:
@@ -267,7 +289,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
 
     def _free(self) -> None:
         """Free what belongs to no task that is left and is read by none."""
-        left = [int(config.task_index or 0) for config in self.configs.values()]
+        left = [*(int(config.task_index or 0) for config in self.configs.values()), *self.elsewhere]
         mine = (self.store.owner >= 0) & ~torch.isin(self.store.owner, torch.tensor(left, dtype=self.store.owner.dtype))
         for other in self.configs:
             if self.phase(other) == "committed":

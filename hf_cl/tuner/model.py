@@ -168,6 +168,14 @@ class MaskModel(Injection):
         super().delete_adapter(adapter_name)
         self._follow_labels()
 
+    def leave(self, adapter: str) -> None:
+        """Unload a finished task that can be loaded again: its entries stay its own, with their values."""
+        index = int(self.peft_config[adapter].task_index or 0)
+        for layer in self.mask_layers():
+            layer.elsewhere[index] = bool(layer.hfcl_owned[adapter].numel())
+        super().delete_adapter(adapter)
+        self._follow_labels()
+
     @contextmanager
     def answering(self, adapter: str | None) -> Iterator[None]:
         """Let another task, or the bare base, answer inside the context; what trains and who is active stays."""
@@ -211,10 +219,14 @@ class MaskModel(Injection):
         finally:
             restore()
 
-    def refresh_masks(self, adapter: str) -> int:
+    def refresh_masks(self, adapter: str, share: float = 1.0) -> int:
         """Bring the active adapter's masks up to date with its scores; return how many thresholds were renewed.
 
         Call it between steps, never inside a forward: gradient checkpointing computes a forward twice.
+
+        Args:
+            adapter: The active adapter, in its mask phase.
+            share: Of its budget that the mask keeps now; at least one entry a layer.
         """
         layers = self.mask_layers()
         thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])
@@ -223,7 +235,7 @@ class MaskModel(Injection):
             [layer.ranked(adapter) for layer in layers],
             masks,
             thresholds,
-            [layer.budget(adapter) for layer in layers],
+            [min(layer.budget(adapter), max(1, round(share * layer.budget(adapter)))) for layer in layers],
         )
         for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
             layer.hfcl_threshold[adapter].copy_(threshold)

@@ -1,0 +1,182 @@
+"""One task of a bank, out of its file: the bytes are checked already, their content here."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cl.errors import BankCorruptError, BaseMismatchError, HfClError
+from hf_cl.layers.task_heads import load_exactly
+from hf_cl.masks.coding import decode
+from hf_cl.masks.select import kept_count
+from hf_cl.masks.values import from_int8
+from hf_cl.ownership.owner import FREE
+from hf_cl.packing.stores import HEAD, MASKS, PROBE, VALUES, stores_of
+from hf_cl.storage.manifest import StoreEntry, TaskEntry, Tombstone
+from hf_cl.training.masked import adapter_of
+from hf_cl.tuner import MaskLinear, MaskModel
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a task has in one layer: its mask, which entries it owns and trained (None: none), their float32 values."""
+
+    path: str
+    mask: Tensor
+    own: Tensor | None
+    values: Tensor
+
+
+class OpenedTask:
+    """A task's file, taken apart. With a tombstone, the mask is what the dropped task still owns."""
+
+    def __init__(self, entry: TaskEntry | Tombstone, tensors: Mapping[str, Tensor]) -> None:
+        """Sort a file's tensors by what they are.
+
+        Raises:
+            BankCorruptError: One is missing, or is there and no such task has it.
+        """
+        self.entry, left = entry, dict(tensors)
+        trained = entry.trains == "claimed"
+        known = {*MASKS, *(VALUES if trained else ()), *(("value_scales",) if entry.values_dtype == "int8" else ())}
+        must = known if trained or entry.values_dtype != "int8" else {*MASKS}
+        if isinstance(entry, Tombstone):
+            must = must - {"owned", "owned_lengths"}
+        else:
+            must = must | {PROBE}
+        lacking = sorted(must - set(left))
+        if lacking:
+            raise self.corrupt(f"its file lacks {', '.join(lacking)}")
+        self._masks = self._cut(left.pop("masks"), left.pop("mask_lengths"))
+        self._owned: list[bytes] | None = None
+        self._values, self._scales = torch.empty(0), torch.empty(0)
+        if trained:
+            self._values = left.pop("values")
+            self._scales = left.pop("value_scales", self._scales)
+            if not isinstance(entry, Tombstone):
+                self._owned = self._cut(left.pop("owned"), left.pop("owned_lengths"))
+            if self._values.dtype != getattr(torch, entry.values_dtype):
+                raise self.corrupt(f"its values are {self._values.dtype}, its record says {entry.values_dtype}")
+        self.head = {name[len(HEAD) :]: left.pop(name) for name in [*left] if name.startswith(HEAD)}
+        self.probe = left.pop(PROBE, torch.empty(0))
+        """Its probe logits at its commit, float32 (texts, labels)."""
+        declared = stores_of(entry).task if isinstance(entry, TaskEntry) else ()
+        self.extra = {name: left.pop(name) for name in declared if name in left}
+        if left:
+            raise self.corrupt(f"its file brings {', '.join(sorted(left)[:3])}, which no such task has")
+
+    def corrupt(self, what: str) -> BankCorruptError:
+        """Return the error that names this task and its file."""
+        return BankCorruptError(f"task {self.entry.name!r} ({self.entry.file.name}): {what}. Fetch the bank again.")
+
+    def _cut(self, codes: Tensor, lengths: Tensor) -> list[bytes]:
+        data, sizes = codes.numpy().tobytes(), lengths.tolist() if lengths.ndim == 1 else [-1]
+        if codes.dtype != torch.uint8 or min(sizes, default=0) < 0 or sum(sizes) != len(data):
+            raise self.corrupt(f"{len(data):,} bytes of codes in parts of {sum(sizes):,}")
+        edges = np.cumsum([0, *sizes]).tolist()
+        return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+    def parts(self, store: StoreEntry) -> Iterator[Part]:
+        """Yield what the task has in each layer, decoded; every size is checked against the layer's shape.
+
+        Raises:
+            BankCorruptError: Codes, counts or values are not those of such layers.
+        """
+        layers = store.layers
+        if len(self._masks) != len(layers) or (self._owned is not None and len(self._owned) != len(layers)):
+            raise self.corrupt(f"masks of {len(self._masks)} layers for a base with {len(layers)}")
+        used = rows = 0
+        for place, path in enumerate(layers):
+            height, width = store.shapes[path]
+            mask = self._decode(self._masks[place], height * width, width).view(height, width)
+            kept, most = int(mask.count_nonzero()), kept_count(height * width, self.entry.density)
+            if kept > most:
+                raise self.corrupt(f"{path} keeps {kept:,} entries, density {self.entry.density} means {most:,}")
+            if self.entry.trains != "claimed":
+                yield Part(path, mask, None, torch.empty(0))
+                continue
+            own = mask
+            if self._owned is not None:
+                own = torch.zeros(height, width, dtype=torch.bool)
+                own[mask] = self._decode(self._owned[place], kept)
+            size, height_used = int(own.count_nonzero()), int(own.any(1).count_nonzero())
+            values = self._values[used : used + size]
+            if values.shape[0] != size:
+                raise self.corrupt(f"{self._values.shape[0]:,} values end within {path}")
+            if values.dtype == torch.int8:
+                where = own.view(-1).nonzero().squeeze(1)
+                try:
+                    values = from_int8(values, self._scales[rows : rows + height_used], where, width)
+                except ValueError as error:
+                    raise self.corrupt(f"{path}: {error}") from error
+                rows += height_used
+            used += size
+            yield Part(path, mask, own, values.float())
+        if used != self._values.shape[0] or rows != self._scales.shape[0]:
+            raise self.corrupt(f"{self._values.shape[0]:,} values and {self._scales.shape[0]:,} scales for {used:,}")
+
+    def _decode(self, code: bytes, size: int, row: int | None = None) -> Tensor:
+        try:
+            return torch.from_numpy(decode(code, size, row))
+        except HfClError as error:
+            raise self.corrupt(str(error)) from error
+
+    # --- into a masked model ------------------------------------------------------------------------
+
+    def lend(self, tuner: MaskModel, store: StoreEntry) -> None:
+        """Put the trained values of this task, which is not attached, where attached ones read them."""
+        for layer, part in self._on(tuner, store):
+            if part.own is not None:
+                layer.lend(part.own.to(layer.store.owner.device), part.values)
+
+    def occupy(self, tuner: MaskModel, store: StoreEntry) -> None:
+        """Make this task, which stays on disk, the owner of its entries, with their values."""
+        for layer, part in self._on(tuner, store):
+            mask = part.mask.to(layer.store.owner.device)
+            own = mask & (layer.store.owner == FREE) if part.own is None else part.own.to(mask.device)
+            self._require_free(layer, own, mask)
+            layer.occupy(self.entry.index, own, part.values if part.own is not None else None)
+
+    def place(self, tuner: MaskModel, store: StoreEntry, *, whole: bool) -> None:
+        """Put this task into its adapter: masks, values, owners, head.
+
+        Args:
+            tuner: The masked model; the adapter is added to it.
+            store: What the bank says of its layers.
+            whole: Every task of the bank owns its entries in the model, so that owners can be checked.
+
+        Raises:
+            BankCorruptError: Something in the file is not what the base, the labels or the other tasks make it.
+        """
+        adapter, index = adapter_of(self.entry.index), self.entry.index
+        for layer, part in self._on(tuner, store):
+            owner = layer.store.owner
+            mask = part.mask.to(owner.device)
+            own = mask & ((owner == FREE) | (owner == index)) if part.own is None else part.own.to(owner.device)
+            if whole:
+                self._require_free(layer, own, mask)
+            layer.install(adapter, mask, part.values.to(owner.device) if part.own is not None else None, own)
+        try:
+            load_exactly(tuner.own_tensors(adapter), self.head, "its head")
+        except HfClError as error:
+            raise self.corrupt(str(error)) from error
+        tuner.finish(adapter)
+
+    def _require_free(self, layer: MaskLinear, own: Tensor, mask: Tensor) -> None:
+        free = (layer.store.owner == FREE) | (layer.store.owner == self.entry.index)
+        if not torch.equal(own, mask & free):
+            raise self.corrupt(f"{layer.path}: it claims entries that an earlier task owns, or leaves free ones")
+
+    def _on(self, tuner: MaskModel, store: StoreEntry) -> Iterator[tuple[MaskLinear, Part]]:
+        layers = tuner.mask_layers()
+        if [layer.path for layer in layers] != store.layers or shapes_of(layers) != store.shapes:
+            raise BaseMismatchError("this bank masks other layers than the base has. Load the model it was learned on.")
+        yield from zip(layers, self.parts(store), strict=True)
+
+
+def shapes_of(layers: Sequence[MaskLinear]) -> dict[str, list[int]]:
+    """Return the shapes of masked layers by path."""
+    return {layer.path: list(layer.base_layer.weight.shape) for layer in layers}
