@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_cl import plugins
 from hf_cl.config import read
 from hf_cl.errors import BankError, BaseMismatchError, ConfigError
-from hf_cl.layers.base import Base, tokenizer_fingerprint
+from hf_cl.layers.base import Base, lasting, load_base, tokenizer_fingerprint
 from hf_cl.learner import ContinualLearner
 from hf_cl.ownership.digest import digest, task_digest
 from hf_cl.packing.drop import drop_task
@@ -50,7 +51,6 @@ class MaskBank:
         folder: Path | None = None,
         read: Reader | None = None,
         blobs: Mapping[str, bytes] | None = None,
-        grown_from: str | None = None,
     ) -> None:
         """Hold a manifest and where its files are; use `from_pretrained` or `from_learner`.
 
@@ -59,11 +59,10 @@ class MaskBank:
             folder: The folder it was read from or saved to.
             read: Gives the bytes of files that are not in `blobs`.
             blobs: Files by name that are nowhere else yet.
-            grown_from: Digest of the bank that this one replaces in `folder`, or on the Hub; None is its own.
         """
         self.manifest, self.folder, self._blobs = manifest, folder, dict(blobs or {})
         self._read = read
-        self._replaces = grown_from or manifest.digest
+        self._bases: dict[str, tuple[PeftModel, Any]] = {}
 
     @property
     def digest(self) -> str:
@@ -89,14 +88,7 @@ class MaskBank:
             BankError: The learner's method writes no bank, or nothing was learned.
         """
         manifest, blobs = learner.grown(base_id)
-        before = learner.bank
-        return cls(
-            manifest,
-            folder=learner.bank_folder,
-            read=learner.read,
-            blobs=blobs,
-            grown_from=before.digest if before is not None else None,
-        )
+        return cls(manifest, folder=learner.bank_folder, read=learner.read, blobs=blobs)
 
     @classmethod
     def from_pretrained(
@@ -144,17 +136,16 @@ class MaskBank:
         return cls(manifest, folder=folder, read=FolderReader(folder) if folder is not None else read)
 
     def save_pretrained(self, path: "str | Path") -> Path:
-        """Write the bank into a folder, whole or not at all; saving into its own folder again is fine.
+        """Write the bank into a folder, whole or not at all, in the place of itself or of what it has grown from.
 
         Raises:
-            BankConflictError: The folder holds another bank than this one, or the one it has grown from.
+            BankConflictError: The folder holds another bank.
         """
         folder = Path(path)
         held = read_manifest(folder).digest if (folder / MANIFEST).exists() else None
-        here = self.folder is not None and folder.resolve() == self.folder.resolve()
-        known = {self.digest, self._replaces} if here else {self.digest}
-        write_bank(folder, self.manifest, self._bytes, expected=held if held in known else None)
-        self.folder, self._read, self._blobs, self._replaces = folder, FolderReader(folder), {}, self.digest
+        replaced = held is not None and self.manifest.may_replace(held)
+        write_bank(folder, self.manifest, self._bytes, expected=held if replaced else None)
+        self.folder, self._read, self._blobs = folder, FolderReader(folder), {}
         return folder
 
     def push_to_hub(
@@ -193,7 +184,6 @@ class MaskBank:
             repo_id,
             self.manifest,
             self._bytes,
-            known={self._replaces},
             base_id=base_id,
             token=token,
             private=private,
@@ -224,12 +214,18 @@ class MaskBank:
         Raises:
             BaseMismatchError: It is another base.
             BankCorruptError: A file is not what the manifest says, or does not fit the base.
+            BankError: The base is wrapped already.
             ConfigError: The bank has no such task.
         """
         entries = [self._entry(name) for name in (self.tasks if tasks is None else tasks)]
         if not entries:
             raise ConfigError("tasks: none named. Name at least one of " + ", ".join(self.tasks) + ".")
         entries.sort(key=lambda entry: entry.index)
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise BankError(
+                "this base is wrapped already, by a bank or an adapter. Two banks cannot be joined: their tasks claim "
+                "the same entries. Take a fresh base, or `extend` one bank by the other's tasks."
+            )
         model: PeftModel | None = None
         try:
             for entry in self.manifest.entries if tasks is None else entries:
@@ -300,23 +296,41 @@ class MaskBank:
         """
         return [adapter_of(self._entry(task).index) for task in tasks]
 
-    def pipeline(self, task: str, model: PeftModel, tokenizer: Any, **options: Any) -> TaskPipeline:
+    def pipeline(
+        self, task: str, model: "PeftModel | Base | str", tokenizer: Any = None, **options: Any
+    ) -> TaskPipeline:
         """Return a text-classification pipeline that answers with one task's labels.
 
         Args:
             task: Its name.
-            model: From `attach`; several pipelines can share it.
-            tokenizer: The base's.
+            model: From `attach`; or the base: its Hub id or folder, or a `Base`. It is attached once for all pipelines.
+            tokenizer: The base's, where an attached model is given.
             options: As for `transformers.pipeline`: `device`, `batch_size`, `top_k` and so on.
 
         Raises:
-            BaseMismatchError: The tokenizer is not the one the bank was learned with.
+            BaseMismatchError: The base or the tokenizer is not the one the bank was learned with.
+            ConfigError: An attached model without a tokenizer.
+
+        Example:
+            >>> # answer = bank.pipeline("helpdesk", "sentence-transformers/all-MiniLM-L6-v2")("I lost my password")
         """
+        if isinstance(model, str | Base):
+            model, tokenizer = self._attached(model, task)
+        if tokenizer is None:
+            raise ConfigError("tokenizer: an attached model needs the base's tokenizer. Pass it.")
         self._require_tokenizer(tokenizer)
         self.activate(model, task)
         tuner = _tuner(model)
         adapter = adapter_of(self._entry(task).index)
         return TaskPipeline(model=tuner.model, tokenizer=tokenizer, tuner=tuner, adapter=adapter, **options)
+
+    def _attached(self, base: "Base | str", task: str) -> tuple[PeftModel, Any]:
+        """Return a base with this bank on it and its tokenizer, the same for all pipelines on that base."""
+        name = base.name if isinstance(base, Base) else lasting(base)
+        if name not in self._bases:
+            loaded = base if isinstance(base, Base) else load_base(base, dtype=self.manifest.base.dtype)
+            self._bases[name] = (self.attach(loaded.model, [task]), loaded.tokenizer)
+        return self._bases[name]
 
     def export(
         self, task: str, base: Any, path: "str | Path", *, to: str = "checkpoint", tokenizer: Any = None
@@ -444,7 +458,7 @@ class MaskBank:
         opened = [self._open(entry) for entry in self.manifest.entries]
         manifest, files = drop_task(self.manifest, opened, self._entry(task).index)
         blobs = {**self._blobs, **files}
-        return MaskBank(manifest, folder=self.folder, read=self._read, blobs=blobs, grown_from=self._replaces)
+        return MaskBank(manifest, folder=self.folder, read=self._read, blobs=blobs)
 
     # --- what it was learned on --------------------------------------------------------------------------
 

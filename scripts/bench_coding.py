@@ -4,7 +4,7 @@ Bytes are shares of the Shannon bound of independent entries at the mask's densi
 second, the best of several runs. One JSON line a mask and coder. `rows` is ours where the caller says how long a row
 is, `flat` is ours without; `golomb` is a plain Golomb-Rice code of the gaps; `ans` is constriction's coder of each
 entry at the mask's density. zstandard and constriction are left out where they are not installed. With the folder of
-a run on MiniLM-L6 (or any number of them), its learned masks are measured too, a line a task.
+a run (or any number of them), the learned masks of its bank are measured too, a line a task.
 run: python scripts/bench_coding.py [RUN ...]
 """
 
@@ -24,7 +24,6 @@ from hf_cl.masks.coding import decode, encode
 
 SHAPES = [(384, 384), (768, 768)]
 DENSITIES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.385, 0.5]
-MINILM = ([(384, 384)] * 4 + [(1536, 384), (384, 1536)]) * 6
 
 
 class Coder(NamedTuple):
@@ -139,15 +138,16 @@ def measure(masks: list[np.ndarray], coder: Coder) -> dict[str, Any]:
 
 
 def learned(run: str) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield each task's masks out of a run's folder."""
-    from safetensors import safe_open
+    """Yield each task's masks out of a run's bank."""
+    from hf_cl import MaskBank
+    from hf_cl.packing.shelf import open_entry
+    from hf_cl.storage.bank_folder import FolderReader
 
-    for file in sorted(Path(run).glob("tasks/*.task-*.safetensors")):
-        with safe_open(file, "numpy") as task:
-            data, ends = task.get_tensor("masks").tobytes(), np.cumsum(task.get_tensor("lengths")).tolist()
-        codes = [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-        masks = zip(codes, MINILM, strict=True)
-        yield f"{Path(run).name} {file.name[:4]}", [decode(c, a * b, b).reshape(a, b) for c, (a, b) in masks]
+    folder = Path(run) / "bank"
+    manifest = MaskBank.from_pretrained(folder).manifest
+    for task in manifest.tasks:
+        parts = open_entry(task, FolderReader(folder)).parts(manifest.store)
+        yield f"{Path(run).name} {task.index}", [part.mask.numpy() for part in parts]
 
 
 def independent() -> Iterator[tuple[str, list[np.ndarray]]]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from hf_cl import MaskBank, MaskConfig
 from hf_cl.errors import BankConflictError, BankCorruptError, BankError, BaseMismatchError, ConfigError, HfClError
-from hf_cl.packing.grow import cut
 from hf_cl.storage import bank_folder, disk
 from hf_cl.storage.manifest import MANIFEST, BaseEntry, FileEntry, Manifest, StoreEntry, Tombstone
 
@@ -163,6 +163,26 @@ def test_two_pipelines_share_a_model_and_take_turns(learned, base_folder):
         scores = learner.model.eval()(**encoded).logits.softmax(-1)
     # The pipeline's softmax is numpy's, in another order of rounding.
     assert expected["pets"][0]["score"] == pytest.approx(scores.max().item(), abs=1e-6)
+
+
+def test_a_pipeline_takes_the_bases_name_and_two_of_them_share_its_model(learned, base_folder):
+    opened, loaded = MaskBank.from_pretrained(learned[2]), tiny.fresh(base_folder)
+    pets, weather = (opened.pipeline(name, str(base_folder)) for name in ("pets", "weather"))
+    assert pets.model is weather.model
+    model = MaskBank.from_pretrained(learned[2]).attach(loaded.model)
+    assert pets("cat milk") == MaskBank.from_pretrained(learned[2]).pipeline("pets", model, loaded.tokenizer)(
+        "cat milk"
+    )
+    assert weather("snow")[0]["label"] in tiny.LABELS["weather"]
+    with pytest.raises(ConfigError, match="needs the base's tokenizer"):
+        opened.pipeline("pets", model)
+
+
+def test_a_second_bank_on_the_same_base_is_refused(learned, base_folder):
+    opened, plain = MaskBank.from_pretrained(learned[2]), base(base_folder)
+    opened.attach(plain)
+    with pytest.raises(BankError, match="cannot be joined"):
+        MaskBank.from_pretrained(learned[2]).attach(plain)
 
 
 def test_a_checkpoint_answers_without_this_package(learned, base_folder, tmp_path):
@@ -418,7 +438,10 @@ def longer(learned):
     _, made, _, _ = learned
     manifest = made.manifest
     blobs = {file.name: made._bytes(file) for file in manifest.files}
-    return MaskBank(cut(manifest, 2), blobs=blobs), MaskBank(manifest, blobs=blobs)
+    tasks = manifest.tasks[:2]
+    first = replace(manifest, generation=0, tasks=tasks, next_index=2)
+    grown = replace(manifest, grown_from=[first.digest])
+    return MaskBank(first, blobs=blobs), MaskBank(grown, blobs=blobs)
 
 
 def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned, tmp_path, base_folder, monkeypatch):
@@ -442,7 +465,7 @@ def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned
         folder = tmp_path / str(die_at)
         calls["die_at"] = None
         MaskBank(old.manifest, blobs=old._blobs).save_pretrained(folder)
-        held = MaskBank(new.manifest, folder=folder, blobs=new._blobs, grown_from=old.digest)
+        held = MaskBank(new.manifest, folder=folder, blobs=new._blobs)
         calls.update(count=0, die_at=die_at)
         with contextlib.suppress(OSError):
             held.save_pretrained(folder)
@@ -461,7 +484,7 @@ def test_a_save_that_dies_at_any_call_leaves_the_old_bank_or_the_new_one(learned
 def test_a_rival_that_saved_first_wins_and_the_other_is_told(learned, tmp_path):
     old, new = longer(learned)
     old.save_pretrained(tmp_path / "bank")
-    rival = MaskBank(new.manifest, blobs=new._blobs)
+    rival = MaskBank(replace(new.manifest, grown_from=[]), blobs=new._blobs)
     with pytest.raises(BankConflictError, match="extend"):
         rival.save_pretrained(tmp_path / "bank")
     assert MaskBank.from_pretrained(tmp_path / "bank").digest == old.digest
@@ -471,7 +494,7 @@ def test_a_bank_that_was_replaced_since_it_was_opened_is_not_overwritten(learned
     old, new = longer(learned)
     folder = old.save_pretrained(tmp_path / "bank")
     opened = MaskBank.from_pretrained(folder)
-    MaskBank(new.manifest, folder=folder, blobs=new._blobs, grown_from=old.digest).save_pretrained(folder)
+    MaskBank(new.manifest, folder=folder, blobs=new._blobs).save_pretrained(folder)
     with pytest.raises(BankConflictError, match="extend"):
         opened.save_pretrained(folder)
     assert MaskBank.from_pretrained(folder).digest == new.digest
@@ -504,10 +527,15 @@ def test_the_manifest_has_these_very_bytes():
         tombstones=[Tombstone(1, 0.5, "bfloat16", "claimed", left)],
         shared=None,
         next_index=2,
+        grown_from=["c" * 64],
     )
     body = (
         b'"base":{"dtype":"float32","fingerprint":"' + b"f" * 64 + b'","id":"a/b","revision":null,'
-        b'"tokenizer":"' + b"e" * 64 + b'"},"format":"hf_cl-bank","generation":3,"next_index":2,"shared":null,'
+        b'"tokenizer":"'
+        + b"e" * 64
+        + b'"},"format":"hf_cl-bank","generation":3,"grown_from":["'
+        + b"c" * 64
+        + b'"],"next_index":2,"shared":null,'
         b'"store":{"compose":"delta","exclude":["z"],"head":["classifier"],"layers":["x.y"],"scale":1.5,'
         b'"scales":{"x.y":0.25},"seed":7,"shapes":{"x.y":[2,3]},"targets":["y"],"train_norms":false},"tasks":[],'
         b'"tombstones":[{"density":0.5,"file":{"bytes":9,"name":"left-00001-aaaaaaaaaaaaaaaa.safetensors",'

@@ -56,7 +56,9 @@ def drop_task(manifest: Manifest, opened: Sequence[OpenedTask], index: int) -> t
     numbers = left | {task.index for task in tasks}
     # A tombstone that is needed no more is inherited from by nobody.
     tasks = [replace(task, inherits=[other for other in task.inherits if other in numbers]) for task in tasks]
-    return replace(manifest, generation=manifest.generation + 1, tasks=tasks, tombstones=tombstones), files
+    grown_from = [*manifest.grown_from, manifest.digest]
+    generation = manifest.generation + 1
+    return replace(manifest, generation=generation, tasks=tasks, tombstones=tombstones, grown_from=grown_from), files
 
 
 def _coded(masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

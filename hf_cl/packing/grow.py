@@ -52,7 +52,8 @@ def grow(
             return before, {}
         tasks = [*before.tasks, *added]
         generation = before.generation + len(added)
-        grown = replace(before, generation=generation, tasks=tasks, next_index=next_index)
+        grown_from = [*before.grown_from, before.digest]
+        grown = replace(before, generation=generation, tasks=tasks, next_index=next_index, grown_from=grown_from)
         return grown, files
     manifest = Manifest(
         generation=len(added) - 1,
@@ -62,6 +63,7 @@ def grow(
         tombstones=[],
         shared=None,
         next_index=next_index,
+        grown_from=[],
     )
     return manifest, files
 
@@ -81,4 +83,5 @@ def cut(manifest: Manifest, count: int) -> Manifest:
         generation=manifest.generation - gone,
         tasks=manifest.tasks[:count],
         next_index=manifest.tasks[count].index,
+        grown_from=manifest.grown_from[:-gone],
     )

@@ -210,9 +210,7 @@ def write_bank(folder: Path, manifest: Manifest, read: Reader, *, expected: str 
                 return _settle(folder, manifest, leftovers)
             # Not from `random`: processes forked from one would all wait equally long.
             time.sleep(int.from_bytes(os.urandom(2), "little") / 65536 * min(0.005 * 2**turn, 0.5))
-    raise BankConflictError(
-        f"{folder}: others keep saving here just now. Open the bank that is there then and extend it."
-    )
+    raise BankConflictError(f"{folder}: others keep saving here. Open the bank that is there then and extend it.")
 
 
 def _require(folder: Path, expected: str | None, manifest: Manifest) -> Manifest | None:

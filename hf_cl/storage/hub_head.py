@@ -1,12 +1,11 @@
 """What a branch of a repository holds now, and whether a bank may take its place.
 
-It may where there is none, where the bank there is this very one, and where this one has grown from it: by its digest,
-or since everything that the one there holds is in this one too, with the same bytes. So no task of anybody is lost.
+It may where there is none, where the bank there is this very one, and where this one has grown from it: a manifest
+names the banks before it. So no task of anybody is lost.
 
 Nothing here is patient: what the client raises is passed on, for the push to begin again.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,35 +87,23 @@ class Branch:
         refs = self.api.list_repo_refs(self.place.repo_id, include_pull_requests=True)
         return {pull.ref: pull.target_commit for pull in refs.pull_requests or ()}
 
-    def require(self, head: Head, new: Manifest, known: Collection[str]) -> None:
+    def require(self, head: Head, new: Manifest) -> None:
         """Refuse to put a bank in the place of one that it has not grown from.
 
         Args:
             head: What the branch holds.
             new: The bank.
-            known: Digests of banks that it has grown from.
 
         Raises:
             BankConflictError: The head holds another.
         """
         held = head.bank
-        if held is None or held.digest in (new.digest, *known) or has_grown(new, held):
+        if held is None or new.may_replace(held.digest):
             return
-        what = "is an older one" if has_grown(held, new) else "has not grown from it"
+        what = "is an older one" if held.may_replace(new.digest) else "has not grown from it"
         raise BankConflictError(
             f"{self.place.repo_id}: its head {head.commit[:12]} holds the bank {held.digest[:12]} ({len(held.tasks)} "
             f"tasks, generation {held.generation}), and {new.digest[:12]} ({len(new.tasks)} tasks, generation "
             f"{new.generation}) {what}. Pull that one (MaskBank.from_pretrained), extend it, and push; or choose "
             f"another repository."
         )
-
-
-def has_grown(new: Manifest, old: Manifest) -> bool:
-    """Return whether a bank is another one with more tasks: all that the other holds is in it, with the same bytes."""
-    if (new.base.fingerprint, new.store) != (old.base.fingerprint, old.store) or new.generation < old.generation:
-        return False
-    return _contents(new) > _contents(old) and new.next_index > old.next_index
-
-
-def _contents(manifest: Manifest) -> set[tuple[int, str, str]]:
-    return {(entry.index, entry.name, entry.file.sha256) for entry in manifest.entries}

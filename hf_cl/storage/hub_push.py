@@ -10,7 +10,6 @@ nothing else.
 
 import hashlib
 import itertools
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +37,6 @@ def push_bank(
     manifest: Manifest,
     read: Reader,
     *,
-    known: Collection[str] = (),
     base_id: str | None = None,
     token: "str | bool | None" = None,
     private: bool | None = None,
@@ -52,7 +50,6 @@ def push_bank(
         repo_id: The repository; it is made if it is not there.
         manifest: The bank.
         read: Gives the bytes of its files.
-        known: Digests of banks that this one has grown from.
         base_id: Hub id of the base, for the card, where the manifest has none.
         token: As for `huggingface_hub`.
         private: Whether a repository that is made is private.
@@ -85,7 +82,7 @@ def push_bank(
     message = commit_message or f"Push a bank of {count} task{'' if count == 1 else 's'}"
     with TemporaryDirectory() as cache:  # what the repository holds is never read from a cache that may be spoilt
         branch = Branch(api, HubPlace(repo_id, token, cache), revision)
-        return _Push(branch, manifest, read, base, known, create_pr, message).run()
+        return _Push(branch, manifest, read, base, create_pr, message).run()
 
 
 def _make(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> str:
@@ -131,7 +128,6 @@ class _Push:
     manifest: Manifest
     read: Reader
     base: str
-    known: Collection[str]
     create_pr: bool
     message: str
     tried: list[str] = field(default_factory=list)
@@ -175,7 +171,7 @@ class _Push:
             if landed is not None:
                 return landed
             if self.tried:
-                self.branch.require(patiently(self.branch.head), self.manifest, self.known)
+                self.branch.require(patiently(self.branch.head), self.manifest)
         except BankConflictError:
             raise
         except FAILURES as error:
@@ -193,7 +189,7 @@ class _Push:
         Raises:
             BankConflictError: It holds another.
         """
-        self.branch.require(head, self.manifest, self.known)
+        self.branch.require(head, self.manifest)
         lacking = [entry for entry in self.manifest.files if not self.is_held(head, entry)]
         if head.bank is not None and head.bank.digest == self.manifest.digest:
             return _Plan(lacking, {} if README in head.files else {README: self.card(head)}, [])

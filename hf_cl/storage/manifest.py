@@ -120,7 +120,10 @@ class Tombstone:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `bank.json` but format, version and digest."""
+    """The whole of `bank.json` but format, version and digest.
+
+    `grown_from` are the digests of the banks it has grown from, oldest first: those it may take the place of.
+    """
 
     generation: int
     base: BaseEntry
@@ -129,6 +132,7 @@ class Manifest:
     tombstones: list[Tombstone]
     shared: FileEntry | None
     next_index: int
+    grown_from: list[str]
 
     def to_bytes(self) -> bytes:
         """Return the canonical form: sorted keys, no spaces, ASCII, the digest first."""
@@ -167,6 +171,10 @@ class Manifest:
     def digest(self) -> str:
         """The sha256 that pins the bank."""
         return self.to_bytes()[11:75].decode()
+
+    def may_replace(self, digest: str) -> bool:
+        """Return whether the bank of a digest is this one, or one that this one has grown from."""
+        return digest in (self.digest, *self.grown_from)
 
     @property
     def files(self) -> list[FileEntry]:
@@ -239,7 +247,8 @@ def _check(manifest: Manifest, where: str) -> None:
     tasks, store = manifest.tasks, manifest.store
     numbers = [entry.index for entry in manifest.entries]
     must(store.compose in COMPOSES, f"compose {store.compose!r}")
-    must(manifest.generation >= 0, "a negative generation")
+    must(0 <= len(set(manifest.grown_from)) == len(manifest.grown_from) <= manifest.generation, "a bad generation")
+    must(all(_HEX.fullmatch(digest) for digest in manifest.grown_from), "an ancestor that is no sha256")
     must([task.index for task in tasks] == sorted(task.index for task in tasks), "task numbers that do not rise")
     must(len(set(numbers)) == len(numbers), "a task number twice")
     must(all(0 <= index < manifest.next_index <= MOST_TASKS + 1 for index in numbers), "task numbers out of range")
