@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from hf_cl import plugins
 from hf_cl.config import read
-from hf_cl.errors import BankError, BaseMismatchError, ConfigError
+from hf_cl.errors import BankError, BaseMismatchError, ConfigError, shown
 from hf_cl.layers.base import Base, lasting, load_base, tokenizer_fingerprint
 from hf_cl.learner import ContinualLearner
 from hf_cl.ownership.digest import digest, task_digest
@@ -218,9 +218,12 @@ class MaskBank:
             BankError: The base is wrapped already.
             ConfigError: The bank has no such task.
         """
+        return self._attach(base, tasks, prove=True)
+
+    def _attach(self, base: Any, tasks: Sequence[str] | None, *, prove: bool) -> PeftModel:
         entries = [self._entry(name) for name in (self.tasks if tasks is None else tasks)]
         if not entries:
-            raise ConfigError("tasks: none named. Name at least one of " + ", ".join(self.tasks) + ".")
+            raise ConfigError(f"tasks: none named. Name at least one of {shown(', '.join(self.tasks))}.")
         entries.sort(key=lambda entry: entry.index)
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise BankError(
@@ -240,7 +243,7 @@ class MaskBank:
                             self._open(left).occupy(_tuner(model), self.manifest.store)
                 else:
                     model.add_adapter(adapter_of(entry.index), config_of(self.manifest, entry))
-                self._place(model, entry, whole=tasks is None)
+                self._place(model, entry, whole=tasks is None, prove=prove)
         except BaseException:
             if model is not None:
                 model.unload()
@@ -250,13 +253,13 @@ class MaskBank:
         self.activate(model, entries[0].name)
         return model
 
-    def _place(self, model: PeftModel, entry: TaskEntry, *, whole: bool) -> None:
+    def _place(self, model: PeftModel, entry: TaskEntry, *, whole: bool, prove: bool = True) -> None:
         """Put a task into its added adapter, and what it reads of tasks that are not attached into the store."""
         if not whole:
             for index in entry.inherits:
                 if adapter_of(index) not in model.peft_config:
                     self._open(entry_of(self.manifest, index)).lend(_tuner(model), self.manifest.store)
-        self._open(entry).place(_tuner(model), self.manifest.store, whole=whole)
+        self._open(entry).place(_tuner(model), self.manifest.store, whole=whole, prove=prove)
 
     def activate(self, model: PeftModel, task: str) -> None:
         """Make a task the one that an attached model answers; it is read first if it was left out.
@@ -390,7 +393,7 @@ class MaskBank:
         proved = digests_of(self.manifest, [*opened.values()])
         logits: dict[int, dict[str, Any]] = {}
         if base is not None:
-            model = self.attach(base)
+            model = self._attach(base, None, prove=False)
             try:
                 for entry in self.manifest.tasks:
                     self.activate(model, entry.name)
@@ -471,7 +474,7 @@ class MaskBank:
         for task in self.manifest.tasks:
             if task.name == name:
                 return task
-        raise ConfigError(f"task {name!r}: this bank holds {', '.join(self.tasks)}.")
+        raise ConfigError(f"task {name!r}: this bank holds {shown(', '.join(self.tasks))}.")
 
     def _require_base(self, tuner: MaskModel) -> None:
         held, given = self.manifest.base, tuner.fingerprint()

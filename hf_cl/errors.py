@@ -17,6 +17,11 @@ also `ValueError`, so a caller who knows nothing of this package catches them as
 """
 
 
+def shown(text: str) -> str:
+    """Return a name from somebody's file as an error shows it: what is not printable is escaped."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 class HfClError(Exception):
     """Base of all errors of this package."""
 

@@ -1,6 +1,6 @@
 """Opening a run folder again: restore its model, and verify that nothing of a finished task has moved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hf_cl.layers.base import Base, load_base
 from hf_cl.ownership.digest import task_digest
 from hf_cl.packing.entries import gives_bank
 from hf_cl.packing.grow import cut
+from hf_cl.packing.opened import OpenedTask
 from hf_cl.packing.proof import digests_of
 from hf_cl.packing.shelf import BankShelf, fixed_by, open_entry
 from hf_cl.proof import probe_digest
@@ -186,14 +187,27 @@ def _shelve(method: MaskedMethod, folder: RunFolder) -> tuple[list[str], dict[in
             bad[entry.index] = str(error)
     files = [f"{BANK}/{entry.file.name}" for entry in bank.entries if entry.index in bad]
     if not bad:
-        try:
-            digests_of(bank, [open_entry(entry, read) for entry in bank.entries])
-        except HfClError as error:  # two tasks claim one entry: each file by itself is right
-            bad = {bank.entries[0].index: str(error)}
+        bad = _rivals(bank, [open_entry(entry, read) for entry in bank.entries])
     whole = [task.index < min(bad, default=bank.next_index) for task in bank.tasks]
-    method.keep_on(BankShelf(cut(bank, sum(whole)), read))
+    method.keep_on(BankShelf(cut(bank, sum(whole)), read, prove=False))
     positions = {record["index"]: position for position, record in enumerate(folder.tasks)}
     return files, {positions.get(index, 0): why for index, why in bad.items()}
+
+
+def _rivals(bank: Manifest, opened: Sequence[OpenedTask]) -> dict[int, str]:
+    """Return the number of the first task that claims what is not free, and why: each file by itself is right."""
+    try:
+        digests_of(bank, opened)
+    except HfClError as error:
+        why = str(error)
+    else:
+        return {}
+    for count in range(1, len(opened)):
+        try:
+            digests_of(bank, opened[:count])
+        except HfClError as error:
+            return {opened[count - 1].entry.index: str(error)}
+    return {opened[-1].entry.index: why}
 
 
 def _compare(method: Method, index: int, task: Mapping[str, Any]) -> dict[str, Any]:

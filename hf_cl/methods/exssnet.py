@@ -18,7 +18,7 @@ from hf_cl.training.method import Settled, Stores
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
 
-STORES = Stores(task=(KKT_MEAN,))
+STORES = Stores(task=(KKT_MEAN,), features=(KKT_MEAN,))
 
 
 @dataclass(frozen=True)

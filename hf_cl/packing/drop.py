@@ -13,6 +13,7 @@ from hf_cl.errors import ConfigError
 from hf_cl.masks.coding import encode
 from hf_cl.packing.entries import coded_values
 from hf_cl.packing.opened import OpenedTask
+from hf_cl.packing.proof import require_plausible
 from hf_cl.storage.bank_folder import task_blob
 from hf_cl.storage.manifest import Manifest, Tombstone
 from hf_cl.training.masked import join_codes
@@ -35,6 +36,7 @@ def drop_task(manifest: Manifest, opened: Sequence[OpenedTask], index: int) -> t
         raise ConfigError(f"task {name!r}: {', '.join(sharing)} share its head. Drop those first.")
     if len(manifest.tasks) == 1:
         raise ConfigError(f"task {name!r}: is the only one of this bank. Delete the folder instead.")
+    require_plausible(manifest)
     gone = [task for task in opened if isinstance(task.entry, Tombstone) or task.entry.index == index]
     tombstones, files = [], {}
     for task, (masks, values) in zip(gone, _left(manifest, opened, [task.entry.index for task in gone]), strict=True):

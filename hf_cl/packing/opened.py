@@ -15,8 +15,10 @@ from hf_cl.masks.select import kept_count
 from hf_cl.masks.values import from_int8
 from hf_cl.ownership.owner import FREE
 from hf_cl.packing.stores import HEAD, MASKS, PROBE, VALUES, stores_of
+from hf_cl.proof import TEXTS
 from hf_cl.storage.manifest import StoreEntry, TaskEntry, Tombstone
-from hf_cl.training.masked import adapter_of
+from hf_cl.training.masked import adapter_of, task_digests
+from hf_cl.training.method import Stores
 from hf_cl.tuner import MaskLinear, MaskModel
 
 
@@ -54,27 +56,46 @@ class OpenedTask:
         self._owned: list[bytes] | None = None
         self._values, self._scales = torch.empty(0), torch.empty(0)
         if trained:
-            self._values = left.pop("values")
-            self._scales = left.pop("value_scales", self._scales)
-            if not isinstance(entry, Tombstone):
-                self._owned = self._cut(left.pop("owned"), left.pop("owned_lengths"))
-            if self._values.dtype != getattr(torch, entry.values_dtype):
-                raise self.corrupt(f"its values are {self._values.dtype}, its record says {entry.values_dtype}")
+            self._take_values(left)
         self.head = {name[len(HEAD) :]: left.pop(name) for name in [*left] if name.startswith(HEAD)}
         self.probe = left.pop(PROBE, torch.empty(0))
         """Its probe logits at its commit, float32 (texts, labels)."""
-        declared = stores_of(entry).task if isinstance(entry, TaskEntry) else ()
-        self.extra = {name: left.pop(name) for name in declared if name in left}
+        self._stores = stores_of(entry) if isinstance(entry, TaskEntry) else Stores()
+        self.extra = {name: left.pop(name) for name in self._stores.task if name in left}
+        for name, tensor in self.head.items():
+            self._require(f"{HEAD}{name}", tensor, torch.float32, None)
+        if isinstance(entry, TaskEntry):
+            self._require(PROBE, self.probe, torch.float32, 2)
+            if self.probe.shape != (TEXTS, len(entry.labels)):
+                raise self.corrupt(f"its probe has the shape {tuple(self.probe.shape)}")
         if left:
             raise self.corrupt(f"its file brings {', '.join(sorted(left)[:3])}, which no such task has")
+
+    def _take_values(self, left: dict[str, Tensor]) -> None:
+        entry = self.entry
+        self._values = left.pop("values")
+        self._require("values", self._values, getattr(torch, entry.values_dtype), 1)
+        if entry.values_dtype == "int8":
+            self._scales = left.pop("value_scales")
+            self._require("value_scales", self._scales, torch.bfloat16, 1)
+            if bool((self._scales < 0).any()):
+                raise self.corrupt("its value_scales are below 0")
+        if not isinstance(entry, Tombstone):
+            self._owned = self._cut(left.pop("owned"), left.pop("owned_lengths"))
 
     def corrupt(self, what: str) -> BankCorruptError:
         """Return the error that names this task and its file."""
         return BankCorruptError(f"task {self.entry.name!r} ({self.entry.file.name}): {what}. Fetch the bank again.")
 
+    def _require(self, name: str, tensor: Tensor, dtype: torch.dtype, axes: int | None) -> None:
+        if tensor.dtype != dtype or (axes is not None and tensor.ndim != axes):
+            raise self.corrupt(f"{name} is {tensor.dtype} with {tensor.ndim} axes, expected {dtype} with {axes}")
+
     def _cut(self, codes: Tensor, lengths: Tensor) -> list[bytes]:
-        data, sizes = codes.numpy().tobytes(), lengths.tolist() if lengths.ndim == 1 else [-1]
-        if codes.dtype != torch.uint8 or min(sizes, default=0) < 0 or sum(sizes) != len(data):
+        self._require("codes", codes, torch.uint8, 1)
+        self._require("lengths of codes", lengths, torch.int32, 1)
+        data, sizes = codes.numpy().tobytes(), lengths.tolist()
+        if min(sizes, default=0) < 0 or sum(sizes) != len(data):
             raise self.corrupt(f"{len(data):,} bytes of codes in parts of {sum(sizes):,}")
         edges = np.cumsum([0, *sizes]).tolist()
         return [data[a:b] for a, b in itertools.pairwise(edges)]
@@ -86,6 +107,7 @@ class OpenedTask:
             BankCorruptError: Codes, counts or values are not those of such layers.
         """
         layers = store.layers
+        self._require_features(store)
         if len(self._masks) != len(layers) or (self._owned is not None and len(self._owned) != len(layers)):
             raise self.corrupt(f"masks of {len(self._masks)} layers for a base with {len(layers)}")
         used = rows = 0
@@ -118,6 +140,13 @@ class OpenedTask:
         if used != self._values.shape[0] or rows != self._scales.shape[0]:
             raise self.corrupt(f"{self._values.shape[0]:,} values and {self._scales.shape[0]:,} scales for {used:,}")
 
+    def _require_features(self, store: StoreEntry) -> None:
+        """Refuse a vector that is not of the width of what the head reads."""
+        width = self.head.get(f"{store.head[0]}.weight", torch.empty(0)).shape[-1:]
+        for name in self._stores.features:
+            if name in self.extra and (self.extra[name].dtype != torch.float32 or self.extra[name].shape != width):
+                raise self.corrupt(f"{name} is of another width than what its head reads")
+
     def _decode(self, code: bytes, size: int, row: int | None = None) -> Tensor:
         try:
             return torch.from_numpy(decode(code, size, row))
@@ -140,13 +169,14 @@ class OpenedTask:
             self._require_free(layer, own, mask)
             layer.occupy(self.entry.index, own, part.values if part.own is not None else None)
 
-    def place(self, tuner: MaskModel, store: StoreEntry, *, whole: bool) -> None:
+    def place(self, tuner: MaskModel, store: StoreEntry, *, whole: bool, prove: bool = True) -> None:
         """Put this task into its adapter: masks, values, owners, head.
 
         Args:
             tuner: The masked model; the adapter is added to it.
             store: What the bank says of its layers.
             whole: Every task of the bank owns its entries in the model, so that owners can be checked.
+            prove: Compare its digests with those at its commit; False where the caller does.
 
         Raises:
             BankCorruptError: Something in the file is not what the base, the labels or the other tasks make it.
@@ -164,6 +194,11 @@ class OpenedTask:
         except HfClError as error:
             raise self.corrupt(str(error)) from error
         tuner.finish(adapter)
+        if prove and isinstance(self.entry, TaskEntry):
+            found = task_digests(tuner, adapter)
+            moved = [part for part in ("masks", "values", "head") if found[part] != self.entry.parts.get(part)]
+            if moved:
+                raise self.corrupt(f"its {', '.join(moved)} are not those of its commit")
 
     def _require_free(self, layer: MaskLinear, own: Tensor, mask: Tensor) -> None:
         free = (layer.store.owner == FREE) | (layer.store.owner == self.entry.index)

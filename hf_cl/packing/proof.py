@@ -5,6 +5,7 @@ leaves out a free entry, shows here. The base's own digest, and the values of th
 need the base.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,9 +17,11 @@ from hf_cl.masks.compose import start_store
 from hf_cl.ownership.digest import Digest
 from hf_cl.ownership.owner import FREE, all_free
 from hf_cl.packing.opened import OpenedTask, Part
-from hf_cl.storage.manifest import Manifest, Tombstone
+from hf_cl.storage.manifest import MANIFEST, Manifest, TaskEntry, Tombstone
 
 PARTS = ("masks", "values", "owners")
+STRUCTURE = 64
+"""How many times shorter than that of independent entries a mask's code may be."""
 
 
 def digests_of(manifest: Manifest, opened: Sequence[OpenedTask]) -> dict[int, dict[str, str]]:
@@ -26,11 +29,12 @@ def digests_of(manifest: Manifest, opened: Sequence[OpenedTask]) -> dict[int, di
 
     Args:
         manifest: What the bank says of itself.
-        opened: All of its tasks and tombstones, in the order of their numbers.
+        opened: Its tasks and tombstones in the order of their numbers, all or the first ones.
 
     Raises:
         BankCorruptError: Two tasks own one entry, or a task claims other entries than the free ones of its mask.
     """
+    require_plausible(manifest)
     store = manifest.store
     parts = PARTS if store.compose != "prune" else ("masks", "owners")
     sums = {task.entry.index: {part: Digest() for part in parts} for task in opened}
@@ -54,7 +58,7 @@ def digests_of(manifest: Manifest, opened: Sequence[OpenedTask]) -> dict[int, di
         for name, tensor in sorted(task.head.items()):
             head.update(name, tensor)
         found[task.entry.index]["head"] = head.hexdigest()
-    return {task.index: found[task.index] for task in manifest.tasks}
+    return {task.entry.index: found[task.entry.index] for task in opened if not isinstance(task.entry, Tombstone)}
 
 
 def _claim(task: OpenedTask, part: Part, owner: Tensor, values: Tensor) -> None:
@@ -67,14 +71,23 @@ def _claim(task: OpenedTask, part: Part, owner: Tensor, values: Tensor) -> None:
         values[own] = part.values
 
 
-def require_whole(manifest: Manifest) -> None:
-    """Refuse a bank whose tasks inherit from, or share a head of, a task that is not there.
+def require_plausible(manifest: Manifest) -> None:
+    """Refuse layers that no mask of the bank can be of, before anything of their size is allocated.
+
+    With a base, its shapes are the measure; without one, the codes are: one byte cannot stand for more entries than
+    the density says, give or take the structure that masks have.
 
     Raises:
-        BankCorruptError: Names the task.
+        BankCorruptError: The layers are too large for every file.
     """
-    numbers = {entry.index for entry in manifest.entries}
-    tasks = {task.index for task in manifest.tasks}
-    for task in manifest.tasks:
-        if not set(task.inherits) <= numbers or (task.head_of is not None and task.head_of not in tasks):
-            raise BankCorruptError(f"task {task.name!r}: what it inherits is not in the bank. Restore a whole copy.")
+    entries = sum(math.prod(shape) for shape in manifest.store.shapes.values())
+
+    def most(entry: TaskEntry | Tombstone) -> float:
+        share = min(entry.density, 0.5)
+        bits = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
+        return STRUCTURE * 8 * entry.file.bytes / bits
+
+    if entries > max(map(most, manifest.entries), default=0):
+        raise BankCorruptError(
+            f"{MANIFEST}: layers of {entries:,} entries are more than its files can hold masks of. Fetch it again."
+        )

@@ -23,9 +23,10 @@ def open_entry(entry: TaskEntry | Tombstone, read: Reader) -> OpenedTask:
 class BankShelf:
     """A bank's tasks by number; see `hf_cl.training.masked.Shelf`."""
 
-    def __init__(self, manifest: Manifest, read: Reader) -> None:
-        """Take a manifest, and what reads one of its files."""
+    def __init__(self, manifest: Manifest, read: Reader, *, prove: bool = True) -> None:
+        """Take a manifest, what reads one of its files, and whether a task is compared with its digests when loaded."""
         self._manifest, self._read = manifest, read
+        self._prove = prove
         self._entries = {task.index: task for task in manifest.tasks}
 
     @property
@@ -48,7 +49,7 @@ class BankShelf:
 
     def place(self, tuner: MaskModel, index: int) -> None:
         """Put a task into its added adapter."""
-        self.open(self._entries[index]).place(tuner, self._manifest.store, whole=True)
+        self.open(self._entries[index]).place(tuner, self._manifest.store, whole=True, prove=self._prove)
 
 
 def config_of(manifest: Manifest, entry: TaskEntry) -> MaskConfig:

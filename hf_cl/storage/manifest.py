@@ -258,7 +258,8 @@ def _check(manifest: Manifest, where: str) -> None:
     must(len(set(store.targets)) == len(store.targets) > 0, "targets that are none, or double")
     must(set(store.scales) == set(store.shapes) == set(store.layers), "scales and shapes of different layers")
     must(len(set(store.layers)) == len(store.layers) > 0, "layers that are none, or double")
-    must(all(scale > 0 for scale in store.scales.values()), "scales below 0")
+    must(store.scale > 0 and all(scale > 0 for scale in store.scales.values()), "scales below 0")
+    must(bool(store.head), "no head")
     must(all(_is_shape(shape) for shape in store.shapes.values()), "shapes that no layer has")
     for task in tasks:
         name = f"task {task.index}"

@@ -39,11 +39,16 @@ def join_codes(codes: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def digests(tuner: MaskModel, adapter: str) -> dict[str, str]:
     """Return the digests of what a finished task's forward reads: base, masks, values, owners, and head with norms."""
+    return {"base": tuner.base_digest()} | task_digests(tuner, adapter)
+
+
+def task_digests(tuner: MaskModel, adapter: str) -> dict[str, str]:
+    """Return the digests of what is the task's own of that: masks, values, owners, and head with norms."""
     found: dict[str, list[tuple[str, torch.Tensor]]] = {"masks": [], "values": [], "owners": [], "head": []}
     for name, tensor in tuner.task_tensors(adapter):
         kind = {"mask": "masks"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
         found[kind if kind in ("masks", "values", "owners") else "head"].append((name, tensor))
-    return {"base": tuner.base_digest()} | {part: digest(tensors) for part, tensors in found.items()}
+    return {part: digest(tensors) for part, tensors in found.items()}
 
 
 def drop_adapter(model: PeftModel | None, adapter: str) -> PeftModel | None:

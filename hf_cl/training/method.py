@@ -43,10 +43,12 @@ class Stores:
 
     Attributes:
         task: Names of tensors a task may have.
+        features: Of these, the float32 vectors with one number an input of the head.
         shared: Names of tensors that all tasks share.
     """
 
     task: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
 
