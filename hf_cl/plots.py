@@ -5,6 +5,7 @@ stay as they are, and one matrix always gives the same bytes (within one matplot
 """
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,37 @@ def accuracy_heatmap(matrix: AccuracyMatrix, path: Path, title: str) -> Path:
     Raises:
         ConfigError: matplotlib is missing, or no task has been learned.
     """
+    rows, columns = len(matrix.learned), len(matrix.names)
+    cell = 0.62 if columns > 6 else 0.86
+    figure = new_figure(cell * columns + 3.2, cell * 0.8 * rows + 2.0)
+    if not matrix.learned:
+        raise ConfigError("A picture needs at least one learned task; this matrix has no row yet.")
+    _draw(figure, matrix, title)
+    return save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure on a canvas of its own, `width` by `height` inches.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError('A picture needs matplotlib: pip install "hf-cl[plots]".') from error
-    if not matrix.learned:
-        raise ConfigError("A picture needs at least one learned task; this matrix has no row yet.")
-    rows, columns = len(matrix.learned), len(matrix.names)
-    cell = 0.62 if columns > 6 else 0.86
-    figure = Figure(figsize=(cell * columns + 3.2, cell * 0.8 * rows + 2.0), dpi=160, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    _draw(figure, matrix, title)
-    figure.savefig(path, format="png", facecolor=PAPER, metadata={"Software": None})
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as a PNG and return its path; equal figures give equal bytes."""
+    with warnings.catch_warnings():
+        # A name may be in any script; signs that the font has not are boxes, and nobody here can act on it.
+        warnings.filterwarnings("ignore", message=r".*[Gg]lyph .* missing from", category=UserWarning)
+        figure.savefig(path, format="png", facecolor=PAPER, metadata={"Software": None})
     return path
 
 
@@ -80,7 +99,7 @@ def _write_cells(axes: Any, values: Any) -> None:
 
 
 def _label(axes: Any, matrix: AccuracyMatrix, title: str) -> None:
-    names = [_shortened(name) for name in matrix.names]
+    names = [shortened(name) for name in matrix.names]
     rows, columns = len(matrix.learned), len(names)
     turned = columns > 6 or max(map(len, names)) > 10
     axes.set_xticks(range(columns), names, parse_math=False)
@@ -101,8 +120,8 @@ def _label(axes: Any, matrix: AccuracyMatrix, title: str) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
     """Cut from the middle: the ends of names tell tasks apart."""
-    if len(name) <= LONGEST_NAME:
+    if len(name) <= longest:
         return name
-    return f"{name[: LONGEST_NAME // 2]}…{name[1 - LONGEST_NAME // 2 :]}"
+    return f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"

@@ -99,12 +99,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Checked:
         ConfigError: Unreadable file, unknown key, bad value.
     """
     path = find(recipe)
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML ({error}).") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping with model, stream, method and training.")
+    values = read_file(path)
     for text in overrides:
         key, found, value = text.partition("=")
         if not found:
@@ -115,6 +110,21 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Checked:
             raise ConfigError(f"override {text!r}: {value!r} is no YAML value ({error}).") from error
         values = override(values, key, read_value)
     return check(values, path.parent)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return a recipe file's plain values; `check` reads them strictly.
+
+    Raises:
+        ConfigError: It is no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is no YAML ({error}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping with model, stream, method and training.")
+    return values
 
 
 def override(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

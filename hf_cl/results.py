@@ -8,6 +8,7 @@ from typing import Any
 from hf_cl.metrics import AccuracyMatrix
 
 PACKAGES = ("hf-cl", "torch", "transformers", "peft", "datasets", "accelerate", "evaluate", "numpy")
+CAPS = ("max_train", "max_validation", "max_test")
 
 
 def versions() -> dict[str, str]:
@@ -51,6 +52,7 @@ def results(
         "model": manifest["model"],
         "seed": manifest["seed"],
         "tasks": names,
+        "most_rows": _most_rows(manifest.get("stream_tasks") or []),
         "training": manifest["training"],
         "max_length": manifest["max_length"],
         "split": manifest.get("split", "test"),
@@ -73,3 +75,9 @@ def results(
         "tuning": tuning,
         "versions": versions(),
     }
+
+
+def _most_rows(specs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return the caps on rows by task: two runs of one stream with other caps are not comparable."""
+    caps = {spec["name"]: {key: spec[key] for key in CAPS if spec.get(key) is not None} for spec in specs}
+    return {name: found for name, found in caps.items() if found}

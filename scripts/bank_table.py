@@ -1,6 +1,6 @@
 """What a task of each run weighs: its mask, values and head, beside the bound of independent entries and beside LoRA.
 
-run: python scripts/bank_table.py RUN ...      (finished runs; prints a Markdown table and writes docs/benchmarks/bytes.json)
+run: python scripts/bank_table.py RUN ...   (finished runs; prints a Markdown table, writes docs/benchmarks/bytes.json)
 """
 
 import json

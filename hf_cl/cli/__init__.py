@@ -1,6 +1,8 @@
 """The command line: `hf-cl <verb>`, one file a verb, and no logic of learning in any of them.
 
     train      hf_cl.train_stream      a recipe becomes a run folder
+    sweep      hf_cl.sweep             a recipe for every combination of values, on validation rows
+    report     hf_cl.report            runs beside each other on one page
     eval       hf_cl.runs, hf_cl.data  every task of a run, measured again from its files
     inspect    hf_cl.storage           what a run or a bank holds
     verify     hf_cl.runs, hf_cl.bank  whether anything a finished task reads has moved

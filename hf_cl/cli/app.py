@@ -16,6 +16,8 @@ from hf_cl.cli.plan import plan
 from hf_cl.cli.predict import predict
 from hf_cl.cli.pull import pull
 from hf_cl.cli.push import push
+from hf_cl.cli.report import report
+from hf_cl.cli.sweep import sweep
 from hf_cl.cli.train import train
 from hf_cl.cli.verify import verify
 from hf_cl.errors import HfClError
@@ -57,6 +59,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train)
+app.command("sweep")(sweep)
+app.command("report")(report)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("verify")(verify)

@@ -31,7 +31,8 @@ def evaluate(
     from hf_cl.cli.quiet import libraries
     from hf_cl.storage.run_folder import RunFolder
 
-    recorded = _recorded(RunFolder.open(run).tasks, run)
+    folder = RunFolder.open(run)
+    recorded = _recorded(folder.tasks, run)
     with libraries():
         from hf_cl.evaluate_run import evaluate_run
 
@@ -45,7 +46,8 @@ def evaluate(
         }
         for name, metrics in measured.items()
     ]
-    content = {"run": str(run), "equal": all(task["equal"] for task in tasks), "tasks": tasks}
+    split = folder.manifest.get("split", "test")
+    content = {"run": str(run), "split": split, "equal": all(task["equal"] for task in tasks), "tasks": tasks}
     if as_json:
         show.echo_json(content)
     else:
@@ -75,7 +77,8 @@ def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:
         row = [task["name"], *(show.accuracy(metrics[name]) for name in ("accuracy", "macro_f1", "loss"))]
         rows.append([*row, show.accuracy(task["recorded"].get("accuracy")), "yes" if task["equal"] else "NO"])
     columns = ["task", "accuracy", "macro F1", "loss", "accuracy recorded", "equal"]
-    out.print(show.table("Test rows, measured again from the saved files", columns, rows))
+    title = f"{content['split'].capitalize()} rows, measured again from the saved files"
+    out.print(show.table(show.plain(title), columns, rows))
     mean = sum(task["metrics"]["accuracy"] for task in content["tasks"]) / len(content["tasks"])
     out.print(f"average accuracy  {mean:.4f}")
     out.print(f"Next: hf-cl verify {shlex.quote(str(run))}", soft_wrap=True)

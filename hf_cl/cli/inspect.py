@@ -135,7 +135,7 @@ def _cost(task: Mapping[str, Any]) -> list[object]:
 
 
 def _mask(task: Mapping[str, Any], names: list[str]) -> list[object]:
-    from hf_cl.cli.report import kkt_source
+    from hf_cl.cli.after_run import kkt_source
 
     return [
         task["name"],

@@ -46,8 +46,8 @@ def train(
     run = output_dir or Path("runs") / path.stem
     progress = show.console(err=as_json)
 
+    from hf_cl.cli.after_run import report
     from hf_cl.cli.quiet import libraries
-    from hf_cl.cli.report import report
     from hf_cl.train_stream import run_stream
 
     def tell(line: str) -> None:

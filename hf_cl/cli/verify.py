@@ -65,7 +65,7 @@ def _plain(verdict: "Verdict") -> dict[str, Any]:
 
 
 def _show(out: Console, content: dict[str, Any]) -> None:
-    from hf_cl.cli.report import proof_table
+    from hf_cl.cli.after_run import proof_table
 
     tasks = content["tasks"]
     out.print(proof_table([(task["name"], task["before"], task["after"], bool(task["moved"])) for task in tasks]))

@@ -73,7 +73,7 @@ def _damaged(bank: "MaskBank", folder: Path) -> list[str]:
 
 def show_verdict(out: Console, found: Mapping[str, Any]) -> None:
     """Print what `check` gave."""
-    from hf_cl.cli.report import proof_table
+    from hf_cl.cli.after_run import proof_table
 
     tasks = found["tasks"]
     if tasks:
