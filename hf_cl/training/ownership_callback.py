@@ -83,6 +83,7 @@ class OwnershipCallback(TrainerCallback):
         self.choice: Choice | None = None
         self.facts: dict[str, float] = {}
         self._claim_step = 0
+        self._whole = False
         self._owned = ""
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._best: tuple[float, dict[str, Tensor]] | None = None
@@ -118,6 +119,7 @@ class OwnershipCallback(TrainerCallback):
             self.choice = start_by_kkt(tuner, self.adapter, kwargs["train_dataloader"], self.start, rate, args.device)
         # After the start, which loads and unloads tasks that lie on disk: the digest covers those that are loaded.
         self._owned = tuner.owned_digest(self._index(tuner))
+        self._whole = self._begins_whole(tuner, state.global_step)
         if tuner.phase(self.adapter) == "mask":
             tuner.refresh_masks(self.adapter, self._grown(state.global_step))
         self._parameters = {role: [] for role in ROLES}
@@ -166,11 +168,19 @@ class OwnershipCallback(TrainerCallback):
     def _mask_only(self, tuner: MaskModel) -> bool:
         return bool(tuner.peft_config[self.adapter].trains == "nothing")
 
+    def _begins_whole(self, tuner: MaskModel, step: int) -> bool:
+        """Return whether the mask began as an earlier task's: as KKT chose, or in the middle of a task by its size."""
+        if step == 0 or tuner.phase(self.adapter) != "mask":
+            return self.choice is not None and self.choice.source is not None
+        self._whole, layers = False, tuner.mask_layers()
+        count = sum(int(layer.mask(self.adapter).count_nonzero()) for layer in layers)
+        budget = sum(layer.budget(self.adapter) for layer in layers)
+        return abs(count - budget) < abs(count - self._grown(step) * budget)
+
     def _grown(self, step: int) -> float:
         """Return the share of its density that the mask has after `step` optimizer steps."""
         warm = self.density_warmup * self._claim_step
-        started = self.choice is not None and self.choice.source is not None
-        return 1.0 if started or step >= warm else step / warm
+        return 1.0 if self._whole or step >= warm else step / warm
 
     def _index(self, tuner: MaskModel) -> int:
         return int(tuner.peft_config[self.adapter].task_index or 0)
@@ -256,7 +266,9 @@ class OwnershipCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the best state of the last phase in memory: the Trainer's own best misses named adapters."""
         tuner = self._tuner(kwargs["model"])
-        last_phase = self._mask_only(tuner) or tuner.phase(self.adapter) == "weight"
+        # While the mask still grows it is not the one that would be committed.
+        whole = self._mask_only(tuner) and self._grown(state.global_step) == 1
+        last_phase = whole or tuner.phase(self.adapter) == "weight"
         if not (args.load_best_model_at_end and last_phase):
             return
         name = args.metric_for_best_model or "loss"
