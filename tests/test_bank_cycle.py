@@ -11,6 +11,7 @@ REPO = "alice/bank"
 START = """
 import json, sys; sys.path.insert(0, "tests")
 from pathlib import Path
+import tiny
 from hf_cl import MaskBank
 BASE, PLACE = Path({base!r}), Path({place!r})
 

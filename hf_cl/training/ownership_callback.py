@@ -266,15 +266,16 @@ class OwnershipCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the best state of the last phase in memory: the Trainer's own best misses named adapters."""
         tuner = self._tuner(kwargs["model"])
-        # While the mask still grows it is not the one that would be committed.
-        whole = self._mask_only(tuner) and self._grown(state.global_step) == 1
-        last_phase = whole or tuner.phase(self.adapter) == "weight"
-        if not (args.load_best_model_at_end and last_phase):
+        if not args.load_best_model_at_end:
             return
         name = args.metric_for_best_model or "loss"
         value = kwargs["metrics"].get(name if name.startswith("eval_") else f"eval_{name}")
         if value is None:
             raise ConfigError(f"metric_for_best_model: {name!r} is not among {', '.join(kwargs['metrics'])}.")
+        # While the mask still grows it is not the one that would be committed.
+        whole = self._mask_only(tuner) and self._grown(state.global_step) == 1
+        if not (whole or tuner.phase(self.adapter) == "weight"):
+            return
         better = value if args.greater_is_better else -value
         if self._best is None or better > self._best[0]:
             self._best = (
