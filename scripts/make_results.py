@@ -60,10 +60,18 @@ def chosen(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.partition('.')[2]} {value:g}" for key, value in tuning["chosen"].items()) + f" (of {tried})"
 
 
+def size(options: Mapping[str, Any]) -> str:
+    """Return what sets a method's bytes: its density (with the start's scale) or its rank."""
+    if "density" in options:
+        return f"density {options['density']:g}, scale {options['scale']:g}"
+    return f"rank {options['r']}" if "r" in options else "-"
+
+
 def row(result: Mapping[str, Any]) -> list[str]:
     """Return one method's row."""
     return [
         result["method"]["name"],
+        size(result["method"]["options"]),
         str(result["seed"]),
         figure(result["average_accuracy"]),
         figure(result["learning_accuracy"]),
@@ -78,7 +86,7 @@ def row(result: Mapping[str, Any]) -> list[str]:
 
 
 COLUMNS = (
-    "method", "seed", "accuracy", "learning accuracy", "forgetting", "exact",
+    "method", "size", "seed", "accuracy", "learning accuracy", "forgetting", "exact",
     "bytes a task", "head bytes", "shared bytes", "capacity used", "tuned",
 )  # fmt: skip
 
@@ -93,9 +101,41 @@ def matrix(result: Mapping[str, Any]) -> str:
     return table(["after", *names], rows)
 
 
+def weights(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what a task weighs, from `scripts/bank_table.py`."""
+
+    def cell(found: Mapping[str, Any], name: str) -> str:
+        return f"{found[name]:,.0f}" if name in found else "-"
+
+    lines = [
+        [
+            found["method"],
+            f"density {found['density']:g}" if found["density"] is not None else f"rank {found['rank']}",
+            *(cell(found, f"{name}") for name in ("bytes_a_task", "masks_bytes", "values_bytes", "bound_bytes")),
+            f"{found['codes_of_bound']:.3f}" if "codes_of_bound" in found else "-",
+            f"{found['accuracy']:.4f}",
+        ]
+        for found in rows
+    ]
+    head = (
+        "method",
+        "size",
+        "bytes a task",
+        "mask",
+        "values",
+        "bound of independent entries",
+        "codes / bound",
+        "accuracy",
+    )
+    return f"## Bytes a task on clinc10\n\nWithout heads (23 kB each); the bound is that of independent entries; one seed, untuned.\n\n{table(head, lines)}\n"
+
+
 def page(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the whole page."""
     parts = [HEAD]
+    bytes_file = DOCS / "benchmarks" / "bytes.json"
+    if bytes_file.is_file():
+        parts.append(weights(json.loads(bytes_file.read_text("utf-8"))))
     for stream, results in found.items():
         first = results[0]
         training = ", ".join(f"{key} {value}" for key, value in first["training"].items() if key != "disable_tqdm")
