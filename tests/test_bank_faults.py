@@ -550,9 +550,9 @@ def test_no_damaged_file_of_a_bank_is_loaded(shelf, quick, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MUTATIONS)
-def test_no_damaged_file_of_a_bank_is_loaded_in_ten_thousand(shelf, quick, kind):
-    refused, same = spoil(kind, shutil.copytree(shelf["dropped"], quick / "bank"), 10_000)
-    assert refused + same == 10_000 and refused > 9_000
+def test_no_damaged_file_of_a_bank_is_loaded_in_two_thousand(shelf, quick, kind):
+    refused, same = spoil(kind, shutil.copytree(shelf["dropped"], quick / "bank"), 2_000)
+    assert refused + same == 2_000 and refused > 1_800
 
 
 def test_what_a_damaged_bank_says_names_the_file_and_both_digests(shelf, quick):
@@ -1059,8 +1059,8 @@ def test_scales_that_are_not_those_of_the_values_are_refused(shelf, base, quick,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", VIOLATIONS)
-def test_two_thousand_banks_that_say_what_none_can_are_refused(shelf, base, quick, monkeypatch, case):
-    for turn in range(45):
+def test_seven_hundred_banks_that_say_what_none_can_are_refused(shelf, base, quick, monkeypatch, case):
+    for turn in range(15):
         if turn == 20 and case not in ONLY_DIGESTS:
             attacker(monkeypatch)
         folder = shutil.copytree(shelf["plain"], quick / "bank", dirs_exist_ok=True)
