@@ -232,15 +232,13 @@ class MaskBank:
             )
         model: PeftModel | None = None
         try:
-            for entry in self.manifest.entries if tasks is None else entries:
-                if isinstance(entry, Tombstone):
-                    continue
+            for entry in entries:
                 if model is None:
                     model = get_peft_model(base, config_of(self.manifest, entry), adapter_name=adapter_of(entry.index))
                     self._require_base(_tuner(model))
                     if tasks is None:
                         for left in self.manifest.tombstones:
-                            self._open(left).occupy(_tuner(model), self.manifest.store)
+                            self._open(left).occupy(_tuner(model), self.manifest.store, whole=True)
                 else:
                     model.add_adapter(adapter_of(entry.index), config_of(self.manifest, entry))
                 self._place(model, entry, whole=tasks is None, prove=prove)
@@ -258,7 +256,7 @@ class MaskBank:
         if not whole:
             for index in entry.inherits:
                 if adapter_of(index) not in model.peft_config:
-                    self._open(entry_of(self.manifest, index)).lend(_tuner(model), self.manifest.store)
+                    self._open(entry_of(self.manifest, index)).occupy(_tuner(model), self.manifest.store, whole=False)
         self._open(entry).place(_tuner(model), self.manifest.store, whole=whole, prove=prove)
 
     def activate(self, model: PeftModel, task: str) -> None:
@@ -389,16 +387,17 @@ class MaskBank:
             BankCorruptError: A file is not what the manifest says, or two tasks own one entry.
             BaseMismatchError: It is another base.
         """
-        opened = {entry.index: self._open(entry) for entry in self.manifest.entries}
-        proved = digests_of(self.manifest, [*opened.values()])
         logits: dict[int, dict[str, Any]] = {}
-        if base is not None:
+        if base is None:
+            proved = digests_of(self.manifest, [self._open(entry) for entry in self.manifest.entries])
+        else:
+            proved = {}
             model = self._attach(base, None, prove=False)
             try:
                 for entry in self.manifest.tasks:
                     self.activate(model, entry.name)
                     proved[entry.index] = digests(_tuner(model), adapter_of(entry.index))
-                    logits[entry.index] = _compared(probe_logits(model), opened[entry.index].probe, entry, model.dtype)
+                    logits[entry.index] = _compared(probe_logits(model), self._open(entry).probe, entry, model.dtype)
             finally:
                 model.unload()
         found = []

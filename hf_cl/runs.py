@@ -178,24 +178,22 @@ def _shelve(method: MaskedMethod, folder: RunFolder) -> tuple[list[str], dict[in
     except HfClError as error:
         return [f"{BANK}/{MANIFEST}"], {0: str(error)}
     method.config = fixed_by(bank.store, method.config)
-    bad = {}
+    bad, opened = {}, []
     for entry in bank.entries:
         try:
-            for _ in open_entry(entry, read).parts(bank.store):
-                pass
+            opened.append(open_entry(entry, read))
         except HfClError as error:
             bad[entry.index] = str(error)
     files = [f"{BANK}/{entry.file.name}" for entry in bank.entries if entry.index in bad]
-    if not bad:
-        bad = _rivals(bank, [open_entry(entry, read) for entry in bank.entries])
+    bad = bad or _first_wrong(bank, opened)
     whole = [task.index < min(bad, default=bank.next_index) for task in bank.tasks]
     method.keep_on(BankShelf(cut(bank, sum(whole)), read, prove=False))
     positions = {record["index"]: position for position, record in enumerate(folder.tasks)}
     return files, {positions.get(index, 0): why for index, why in bad.items()}
 
 
-def _rivals(bank: Manifest, opened: Sequence[OpenedTask]) -> dict[int, str]:
-    """Return the number of the first task that claims what is not free, and why: each file by itself is right."""
+def _first_wrong(bank: Manifest, opened: Sequence[OpenedTask]) -> dict[int, str]:
+    """Return the number of the first task whose content is not a task's, or claims what is not free, and why."""
     try:
         digests_of(bank, opened)
     except HfClError as error:

@@ -67,25 +67,23 @@ def run_stream(
         return done
     if folder is None:
         RunFolder.require_place(output_dir, overwrite=overwrite)
+    bank = MaskBank.from_pretrained(from_bank) if from_bank is not None else None
     tuning = folder.manifest.get("tuning") if folder is not None else None
     started = time.perf_counter()
     if recipe.tuning and folder is None:
+        if bank is not None:  # what cannot go on from it is refused before hours of trials
+            bank.hand_to(build_learner(recipe, output_dir, compute_metrics))
         recipe, tuning = tune(recipe, tasks, progress)
     elif folder is not None:
         recipe = _chosen(recipe, folder)
     spent = {"tuning": time.perf_counter() - started} if recipe.tuning else {}
     learner = build_learner(recipe, output_dir, compute_metrics)
-    grown_from = _open_bank(from_bank, learner) if from_bank is not None and folder is None else None
     progress(f"{recipe.method} on {recipe.model.name}; each task has its own {', '.join(learner.base.head)}")
     if folder is None:
-        header = {**_header(recipe, specs, learner, tuning), "from_bank": grown_from, "from_tasks": len(learner.tasks)}
-        header["split"] = split
-        folder = RunFolder.create(output_dir, header, overwrite=overwrite)
-        if grown_from is not None:
-            learner.save_bank(folder.path / BANK)
+        header = {**_header(recipe, specs, learner, tuning), "split": split}
+        folder = _begin(output_dir, header, learner, bank, overwrite=overwrite)
     else:
-        _require_base(folder, learner)
-        learner.restore(folder)
+        _go_on(folder, learner, bank)
         for task in tasks[: len(folder.tasks)]:
             learner.remember(task)
     for task in tasks[len(folder.tasks) :]:
@@ -95,11 +93,31 @@ def run_stream(
     return _finish(folder, learner, tuning, spent, began)
 
 
-def _open_bank(source: "str | Path", learner: ContinualLearner) -> str:
-    """Make a learner go on from a bank; return the bank's digest."""
-    bank = MaskBank.from_pretrained(source)
-    bank.hand_to(learner)
-    return bank.digest
+def _begin(
+    path: Path, header: Mapping[str, Any], learner: ContinualLearner, bank: MaskBank | None, *, overwrite: bool
+) -> RunFolder:
+    """Make the run folder; with a bank to go on from, its copy there."""
+    if bank is not None:
+        bank.hand_to(learner)
+    source = {"from_bank": bank.digest if bank is not None else None, "from_tasks": len(learner.tasks)}
+    folder = RunFolder.create(path, {**header, **source}, overwrite=overwrite)
+    if bank is not None:
+        learner.save_bank(folder.path / BANK)
+    return folder
+
+
+def _go_on(folder: RunFolder, learner: ContinualLearner, bank: MaskBank | None) -> None:
+    """Take over what a run has finished; a bank whose copying was interrupted is copied now.
+
+    Raises:
+        RunError: It was learned on another base, went on from another bank, or needs its bank again.
+    """
+    _require_base(folder, learner)
+    _require_bank(folder, bank)
+    learner.restore(folder)
+    if bank is not None and learner.bank is None:
+        bank.hand_to(learner)
+        learner.save_bank(folder.path / BANK)
 
 
 def _finish(
@@ -215,6 +233,18 @@ def _chosen(recipe: Checked, folder: RunFolder) -> Checked:
 def _require_base(folder: RunFolder, learner: ContinualLearner) -> None:
     if learner.method.fingerprint != folder.manifest["fingerprint"]:
         raise RunError(f"{folder.path}: was learned on another {folder.manifest['model']}. Use the same revision.")
+
+
+def _require_bank(folder: RunFolder, bank: MaskBank | None) -> None:
+    """Refuse to resume with another bank than the run went on from, or without it where it was not copied yet."""
+    digest = folder.manifest.get("from_bank")
+    if bank is not None and bank.digest != digest:
+        raise RunError(
+            f"{folder.path}: went on from {'the bank ' + digest[:12] if digest else 'no bank'}, and {bank.digest[:12]} "
+            f"was given. Resume it with the same --from-bank, or choose another --output-dir."
+        )
+    if bank is None and digest and not (folder.path / BANK / MANIFEST).exists():
+        raise RunError(f"{folder.path}: stopped before it had copied the bank {digest[:12]}. Give --from-bank again.")
 
 
 def _line(done: int, of: int, record: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def _bank(folder: Path) -> dict[str, Any]:
         opened = open_entry(task, FolderReader(folder))
         sums["masks"] += task.sizes["masks"]
         sums["values"] += task.sizes["values"]
-        sums["codes"] += sum(map(len, opened._masks))
+        sums["codes"] += opened.code_bytes
         sums["bound"] += float(np.sum([bound(part.mask.numpy()) for part in opened.parts(manifest.store)]))
     means = {f"{name}_bytes": value / len(manifest.tasks) for name, value in sums.items()}
     return means | {"codes_of_bound": sums["codes"] / sums["bound"]}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_cl import MaskBank, MaskConfig, run_stream, verify
-from hf_cl.errors import BankConflictError, BankError, BaseMismatchError, ConfigError, DataError
+from hf_cl.errors import BankConflictError, BankError, BaseMismatchError, ConfigError, DataError, RunError
 from hf_cl.masks.values import from_int8, round_values, to_int8
 from hf_cl.ownership.owner import FREE
 from hf_cl.recipe import load
@@ -290,7 +290,6 @@ def test_the_form_that_takes_the_bases_values_is_proved_with_the_base(base_folde
 
 
 def test_logits_of_another_environment_are_compared_within_a_tolerance(three, base_folder, monkeypatch):
-    plain = torch.Tensor.float
     monkeypatch.setattr("hf_cl.bank.probe_logits", lambda model: probe(model) * (1 + 1e-6))
     from hf_cl.proof import probe_logits as probe
 
@@ -298,7 +297,6 @@ def test_logits_of_another_environment_are_compared_within_a_tolerance(three, ba
     assert all(not task["same_logits"] and task["close"] and 0 < task["difference"] < 1e-5 for task in found)
     monkeypatch.setattr("hf_cl.bank.probe_logits", lambda model: probe(model) * 1.01)
     assert not any(task["close"] for task in three.verify(tiny.fresh(base_folder).model))
-    assert torch.Tensor.float is plain
 
 
 # --- values ---------------------------------------------------------------------------------------------------
@@ -366,6 +364,46 @@ def test_a_stream_goes_on_from_a_bank_and_its_run_holds_both(base_folder, tmp_pa
     assert held.manifest.tasks[:2] == before.manifest.tasks
     assert json.loads((tmp_path / "later" / "run.json").read_text())["from_bank"] == before.digest
     assert verify(tmp_path / "later", tiny.fresh(base_folder)).exact
+
+
+def test_a_stream_from_a_bank_is_resumed_wherever_it_stopped_and_from_that_bank_alone(
+    base_folder, tmp_path, monkeypatch
+):
+    first = tiny.write_recipe(tmp_path, base_folder, ("pets",), method={"name": "supsup", "density": 0.3})
+    tiny.write_task(tmp_path / "data", "food")
+    place = tmp_path / "first" / "bank"
+    run_stream(load(str(first)), tmp_path / "first")
+    later = tmp_path / "later.yaml"
+    later.write_text(
+        first.read_text().replace("- name: pets\n  dataset: data/pets", "- name: food\n  dataset: data/food")
+    )
+    whole = run_stream(load(str(later)), tmp_path / "whole", from_bank=place)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for number, name in enumerate(("save_bank", "learn", "add_to")):
+        run = tmp_path / f"run{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hf_cl.train_stream.ContinualLearner.{name}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run_stream(load(str(later)), run, from_bank=place)
+        if name == "save_bank":  # run.json is there, and the bank's copy is not
+            with pytest.raises(RunError, match="Give --from-bank again"):
+                run_stream(load(str(later)), run, resume=True)
+        with pytest.raises(RunError, match="the same --from-bank"):
+            run_stream(load(str(later)), run, resume=True, from_bank=tmp_path / "whole" / "bank")
+        found = run_stream(load(str(later)), run, resume=True, from_bank=place)
+        assert found["owned_digest_after"] == whole["owned_digest_after"]
+        files = {file.name: file.read_bytes() for file in (tmp_path / "whole" / "bank").iterdir() if file.suffix}
+        assert {file.name: file.read_bytes() for file in (run / "bank").iterdir() if file.suffix} == files
+
+
+def test_a_bank_keeps_the_base_id_it_has(begun, bank, base_folder, tmp_path):
+    learner = extended(bank, base_folder, tmp_path / "out")
+    with pytest.raises(BankError, match="base_id: 'someone/else'"):
+        MaskBank.from_learner(learner, base_id="someone/else")
+    assert MaskBank.from_learner(learner, base_id="someone/tiny").digest == bank.digest
 
 
 def test_a_fresh_process_extends_and_a_second_one_verifies(begun, bank, base_folder, tmp_path):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hf_cl.storage.manifest import Manifest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
@@ -158,11 +157,12 @@ def local_copy(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from hf_cl.layers.base import _packaged
+    from hf_cl.layers.base import packaged
+    from hf_cl.storage.hub import COMMIT
 
-    packaged = _packaged(name)
-    if packaged is not None:
-        return Path(packaged)
+    carried = packaged(name)
+    if carried is not None:
+        return Path(carried)
     for wanted in (revision, "main"):
         if wanted != "main" and not (wanted and COMMIT.fullmatch(wanted)):
             continue

@@ -57,7 +57,7 @@ def load_base(name: str, *, dtype: str = "float32", head: Iterable[str] | None =
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"model {name!r}: dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    where = _packaged(name) or name
+    where = packaged(name) or name
     verbosity = transformers_logging.get_verbosity()
     # The report says that the classifier is newly initialised: it is ours to say, once, with the head.
     transformers_logging.set_verbosity_error()
@@ -95,7 +95,8 @@ def lasting(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _packaged(name: str) -> str | None:
+def packaged(name: str) -> str | None:
+    """Return the folder of a model that an installed package carries, None where none does."""
     package = PACKAGED.get(name)
     spec = importlib.util.find_spec(package) if package else None
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else None

@@ -15,6 +15,7 @@ from hf_cl.masks.values import DTYPES
 from hf_cl.training.kkt_start import KKT
 from hf_cl.training.masked import KKT_MEAN, MaskedMethod
 from hf_cl.training.method import Settled, Stores
+from hf_cl.training.ownership_callback import DENSITY_WARMUP
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
 
@@ -43,7 +44,7 @@ class Options:
         5.0, help="Head start of a source's entries, in steps of the scores' learning rate.", least=0
     )
     density_warmup: float = option(
-        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+        DENSITY_WARMUP, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
     )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)

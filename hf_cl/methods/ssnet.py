@@ -13,6 +13,7 @@ from hf_cl.layers.base import Base
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled
+from hf_cl.training.ownership_callback import DENSITY_WARMUP
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
 
@@ -31,7 +32,7 @@ class Options:
         0.67, help="Share of a task's steps that train the mask; the rest train values.", above=0, below=1
     )
     density_warmup: float = option(
-        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+        DENSITY_WARMUP, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
     )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     values_learning_rate: float = option(0.001, help="Peak learning rate of the values.", above=0)

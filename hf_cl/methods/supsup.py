@@ -13,6 +13,7 @@ from hf_cl.layers.base import Base
 from hf_cl.masks.compose import COMPOSES
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled, Stores
+from hf_cl.training.ownership_callback import DENSITY_WARMUP
 from hf_cl.tuner import MaskConfig
 from hf_cl.tuner.config import HEADS
 
@@ -30,7 +31,7 @@ class Options:
     )
     rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
     density_warmup: float = option(
-        0.25, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
+        DENSITY_WARMUP, help="Share of the mask's steps in which it grows to its density.", least=0, most=1
     )
     scores_learning_rate: float = option(0.01, help="Peak learning rate of the scores.", above=0)
     head_learning_rate: float | None = option(

@@ -32,12 +32,17 @@ def grow(
         before: The bank that was learned on from; its tasks stay as they stand there. One more generation.
 
     Raises:
-        BankError: The method gives no bank, or nothing was learned.
+        BankError: The method gives no bank, nothing was learned, or `base_id` is not that of `before`.
     """
     if not gives_bank(method) or not isinstance(method, MaskedMethod) or not records:
         raise BankError(
             f"{way['name']}: gives no bank. A bank holds tasks of a masked method that never overwrites "
             f"(supsup, exssnet, a MaskConfig), at least one; other methods keep their run folder."
+        )
+    if before is not None and base_id not in (None, before.base.id):
+        raise BankError(
+            f"base_id: {base_id!r} was given, and the bank that was learned on from says {before.base.id!r}. Leave it "
+            f"out here; push_to_hub(base_id=...) names it in the card of a bank that does not know it."
         )
     held = {task.index for task in before.tasks} if before is not None else set()
     added, files = [], {}

@@ -14,7 +14,7 @@ from hf_cl.masks.coding import decode
 from hf_cl.masks.select import kept_count
 from hf_cl.masks.values import from_int8
 from hf_cl.ownership.owner import FREE
-from hf_cl.packing.stores import HEAD, MASKS, PROBE, VALUES, stores_of
+from hf_cl.packing.stores import HEAD, MASKS, OWNED, PROBE, stores_of
 from hf_cl.proof import TEXTS
 from hf_cl.storage.manifest import StoreEntry, TaskEntry, Tombstone
 from hf_cl.training.masked import adapter_of, task_digests
@@ -42,20 +42,13 @@ class OpenedTask:
             BankCorruptError: One is missing, or is there and no such task has it.
         """
         self.entry, left = entry, dict(tensors)
-        trained = entry.trains == "claimed"
-        known = {*MASKS, *(VALUES if trained else ()), *(("value_scales",) if entry.values_dtype == "int8" else ())}
-        must = known if trained or entry.values_dtype != "int8" else {*MASKS}
-        if isinstance(entry, Tombstone):
-            must = must - {"owned", "owned_lengths"}
-        else:
-            must = must | {PROBE}
-        lacking = sorted(must - set(left))
+        lacking = sorted(_names(entry) - set(left))
         if lacking:
             raise self.corrupt(f"its file lacks {', '.join(lacking)}")
         self._masks = self._cut(left.pop("masks"), left.pop("mask_lengths"))
         self._owned: list[bytes] | None = None
         self._values, self._scales = torch.empty(0), torch.empty(0)
-        if trained:
+        if entry.trains == "claimed":
             self._take_values(left)
         self.head = {name[len(HEAD) :]: left.pop(name) for name in [*left] if name.startswith(HEAD)}
         self.probe = left.pop(PROBE, torch.empty(0))
@@ -82,6 +75,11 @@ class OpenedTask:
                 raise self.corrupt("its value_scales are below 0")
         if not isinstance(entry, Tombstone):
             self._owned = self._cut(left.pop("owned"), left.pop("owned_lengths"))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of its masks' codes."""
+        return sum(map(len, self._masks))
 
     def corrupt(self, what: str) -> BankCorruptError:
         """Return the error that names this task and its file."""
@@ -155,19 +153,22 @@ class OpenedTask:
 
     # --- into a masked model ------------------------------------------------------------------------
 
-    def lend(self, tuner: MaskModel, store: StoreEntry) -> None:
-        """Put the trained values of this task, which is not attached, where attached ones read them."""
-        for layer, part in self._on(tuner, store):
-            if part.own is not None:
-                layer.lend(part.own.to(layer.store.owner.device), part.values)
+    def occupy(self, tuner: MaskModel, store: StoreEntry, *, whole: bool) -> None:
+        """Make this task, which stays on disk, the owner of its entries, with their values.
 
-    def occupy(self, tuner: MaskModel, store: StoreEntry) -> None:
-        """Make this task, which stays on disk, the owner of its entries, with their values."""
+        Args:
+            tuner: The masked model.
+            store: What the bank says of its layers.
+            whole: All tasks before this one own their entries in the model. If not, only what this one trained is
+                put where attached tasks read it.
+        """
         for layer, part in self._on(tuner, store):
             mask = part.mask.to(layer.store.owner.device)
             own = mask & (layer.store.owner == FREE) if part.own is None else part.own.to(mask.device)
-            self._require_free(layer, own, mask)
-            layer.occupy(self.entry.index, own, part.values if part.own is not None else None)
+            if whole:
+                self._require_free(layer, own, mask)
+            if whole or part.own is not None:
+                layer.occupy(self.entry.index, own, part.values if part.own is not None else None)
 
     def place(self, tuner: MaskModel, store: StoreEntry, *, whole: bool, prove: bool = True) -> None:
         """Put this task into its adapter: masks, values, owners, head.
@@ -210,6 +211,16 @@ class OpenedTask:
         if [layer.path for layer in layers] != store.layers or shapes_of(layers) != store.shapes:
             raise BaseMismatchError("this bank masks other layers than the base has. Load the model it was learned on.")
         yield from zip(layers, self.parts(store), strict=True)
+
+
+def _names(entry: TaskEntry | Tombstone) -> set[str]:
+    """Return the tensors that a file must have, besides its head."""
+    names = {*MASKS}
+    if entry.trains == "claimed":
+        names |= {"values", *(("value_scales",) if entry.values_dtype == "int8" else ())}
+    if isinstance(entry, Tombstone):
+        return names
+    return names | {PROBE} | ({*OWNED} if entry.trains == "claimed" else set())
 
 
 def shapes_of(layers: Sequence[MaskLinear]) -> dict[str, list[int]]:

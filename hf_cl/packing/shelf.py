@@ -45,7 +45,7 @@ class BankShelf:
     def occupy(self, tuner: MaskModel) -> None:
         """Make every task and tombstone the owner of its entries, in the order of their claims."""
         for entry in self._manifest.entries:
-            self.open(entry).occupy(tuner, self._manifest.store)
+            self.open(entry).occupy(tuner, self._manifest.store, whole=True)
 
     def place(self, tuner: MaskModel, index: int) -> None:
         """Put a task into its added adapter."""

@@ -10,7 +10,7 @@ from hf_cl.storage.manifest import TaskEntry
 from hf_cl.training.method import Stores
 
 MASKS = ("masks", "mask_lengths")
-VALUES = ("values", "owned", "owned_lengths")
+OWNED = ("owned", "owned_lengths")
 HEAD = "head."
 PROBE = "probe"
 

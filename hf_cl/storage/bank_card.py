@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_cl.errors import BankError, ConfigError
+from hf_cl.errors import shown as escaped
 from hf_cl.storage.manifest import Manifest, TaskEntry
 
 README = "README.md"
@@ -115,7 +116,7 @@ def shown(text: str) -> str:
 def _printable(text: str) -> str:
     """Return a text of printable characters, on one line, not too long; others by their escapes."""
     cut = text if len(text) <= MOST_NAME else text[: MOST_NAME - 1] + "…"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return escaped(cut)
 
 
 # --- the metadata -------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_cl.errors import BankCorruptError, BankError, ConfigError
-from hf_cl.storage.bank_folder import MOST_MARKS
 from hf_cl.storage.hub_requests import FAILURES, patiently, refusal
 from hf_cl.storage.manifest import MANIFEST, MOST_BYTES, FileEntry, Manifest
 
@@ -215,7 +214,7 @@ def manifest_in(file: Path, repo_id: str) -> Manifest:
     """
     where = f"{repo_id}@{file.parent.name[:12]}: {MANIFEST}"
     data = _read(file, None)
-    if data is None or sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_MARKS:
+    if data is None:
         raise BankCorruptError(f"{where}: is larger than any manifest. Do not use this bank.")
     return Manifest.from_bytes(data, where)
 

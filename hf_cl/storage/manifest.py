@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -22,8 +23,10 @@ from hf_cl.ownership.owner import MOST_TASKS
 
 FORMAT, VERSION = "hf_cl-bank", 1
 MANIFEST = "bank.json"
-MOST_BYTES = 16 * 1024 * 1024
-"""Of a manifest; a bank of a thousand tasks stays below a tenth of it."""
+MOST_BYTES = 4 * 1024 * 1024
+"""Of a manifest; a bank of a thousand tasks takes about half of it."""
+MOST_MARKS = 1_000_000
+"""Its brackets, braces and commas: each may become an object of a hundred bytes."""
 FILE = re.compile(r"(task-\d{5}|left-\d{5}|shared)-([0-9a-f]{16})\.safetensors")
 """A task's file, what a dropped task left behind, what all tasks share; each named by its content."""
 VALUES = ("float32", "bfloat16", "int8")
@@ -136,6 +139,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the canonical form: sorted keys, no spaces, ASCII, the digest first."""
+        return self._canonical_bytes
+
+    @cached_property
+    def _canonical_bytes(self) -> bytes:
         body = _canonical({"format": FORMAT, "version": VERSION, **asdict(self)})
         return b'{"digest":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]
 
@@ -146,14 +153,17 @@ class Manifest:
         Raises:
             BankCorruptError: The bytes are not a manifest's, or not in canonical form.
         """
-        found = _DIGEST.match(data) if len(data) <= MOST_BYTES else None
+        marks = sum(data.count(mark) for mark in (b"[", b"{", b",")) if len(data) <= MOST_BYTES else MOST_MARKS + 1
+        if marks > MOST_MARKS:
+            raise BankCorruptError(f"{where}: is larger than any manifest ({len(data):,} bytes). Do not use this bank.")
+        found = _DIGEST.match(data)
         if found is None:
             raise _corrupt(where, f"{len(data):,} bytes that do not begin as a manifest does")
         body = b"{" + data[found.end() :]
         if hashlib.sha256(body).hexdigest().encode() != found[1]:
             raise _corrupt(where, "a digest that is not that of its bytes")
         try:
-            value = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+            value = json.loads(body, object_pairs_hook=unique_keys, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise _corrupt(where, f"no strict JSON ({error})") from error
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
@@ -197,7 +207,12 @@ def _corrupt(where: str, found: str) -> BankCorruptError:
     return BankCorruptError(f"{where}: expected a bank's manifest, found {found}. Fetch it again, or restore a copy.")
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dict.
+
+    Raises:
+        ValueError: A key stands twice.
+    """
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("a key stands twice")

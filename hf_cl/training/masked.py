@@ -117,6 +117,8 @@ class MaskedMethod(Method):
         self.config.task_type = "SEQ_CLS"
         self.rates = {role: rate for role, rate in (rates or {}).items() if rate is not None}
         self.mask_share, self.density_warmup, self.kkt = mask_share, density_warmup, kkt
+        if kkt is not None:
+            kkt.finished = self
         self._model: PeftModel | None = None
         self._callback: OwnershipCallback | None = None
 
@@ -165,8 +167,7 @@ class MaskedMethod(Method):
             shelf: Has the tasks; those it has are unloaded, all but the active one.
         """
         self.shelf = shelf
-        if self._model is not None:
-            self._put_away(str(self.tuner.active_adapters[0]))
+        self.put_away()
 
     def numbers(self) -> set[int]:
         """Return the numbers of all finished tasks, loaded or on disk."""
@@ -184,13 +185,11 @@ class MaskedMethod(Method):
 
     def put_away(self) -> None:
         """Unload all finished tasks that lie on disk but the active one."""
-        if self._model is not None and self.shelf is not None:
-            self._put_away(str(self.tuner.active_adapters[0]))
-
-    def _put_away(self, but: str) -> None:
-        for index in self.shelf.numbers if self.shelf is not None else ():
-            if adapter_of(index) != but and adapter_of(index) in self.tuner.peft_config:
-                self.tuner.leave(adapter_of(index))
+        if self._model is None or self.shelf is None:
+            return
+        loaded = {adapter_of(index) for index in self.shelf.numbers} & set(self.tuner.peft_config)
+        for adapter in loaded - set(self.tuner.active_adapters):
+            self.tuner.leave(adapter)
 
     def abandon(self, index: int) -> None:
         """Delete the unfinished adapter; the model of a first task is unwrapped."""
@@ -203,8 +202,6 @@ class MaskedMethod(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the ownership callback."""
-        if self.kkt is not None:
-            self.kkt.finished = self
         self._callback = OwnershipCallback(
             str(self.tuner.active_adapters[0]),
             mask_share=self.mask_share,

@@ -36,6 +36,7 @@ from hf_cl.tuner.model import MaskModel
 
 logger = logging.getLogger(__name__)
 DENSITY_WARMUP = 0.25
+"""Share of the mask phase in which a fresh mask grows to its density; docs/log.md, 2026-11-21, has what chose it."""
 SCARCE = 0.1
 """Share of its budget under which a task's trainable entries are called scarce."""
 

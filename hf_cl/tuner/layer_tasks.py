@@ -33,7 +33,7 @@ from hf_cl.masks.compose import layer_scale
 from hf_cl.masks.select import kept_count, topk_mask
 from hf_cl.masks.values import round_values
 from hf_cl.ownership.digest import digest
-from hf_cl.ownership.owner import FOREIGN, FREE, claim
+from hf_cl.ownership.owner import FREE, claim
 from hf_cl.tuner.arrival import install_arrived, make_room
 from hf_cl.tuner.config import MaskConfig
 
@@ -200,12 +200,6 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         with self.owners_change():
             self.store.owner = claim(self.store.owner, mask, int(config.task_index or 0))
         self._finish(adapter, mask, own, trained is not None)
-
-    def lend(self, own: Tensor, values: Tensor) -> None:
-        """Put the trained values of a task that is not loaded into the store, for those that read them."""
-        where = own.view(-1).nonzero().squeeze(1)
-        self.store.values.view(-1)[where] = values
-        self.store.owner.view(-1)[where] = FOREIGN
 
     def occupy(self, index: int, own: Tensor, values: Tensor | None) -> None:
         """Make a task that is not loaded the owner of its entries.
