@@ -350,6 +350,16 @@ def serve(home: Path):
 
 
 @pytest.fixture
+def waits(monkeypatch):
+    """Pauses between requests take no time; their lengths are kept. A module that asks the Hub uses it always."""
+    from hf_cl.storage import hub_requests
+
+    found: list[float] = []
+    monkeypatch.setattr(hub_requests, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
 def hub(tmp_path):
     """A Hub of this test alone."""
     with serve(tmp_path / "hub") as server:

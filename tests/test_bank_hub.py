@@ -11,19 +11,12 @@ from huggingface_hub import constants
 
 from hf_cl import MaskBank
 from hf_cl.errors import BankCorruptError, BankError, ConfigError
-from hf_cl.storage import hub_requests
 from hf_cl.storage.manifest import MANIFEST
 
-hub = hub_server.hub
+hub, waits = hub_server.hub, hub_server.waits
+pytestmark = pytest.mark.usefixtures("waits")
 REPO = "alice/bank"
 FILES = r"/(resolve|cdn)/.*\.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch):
-    found = []
-    monkeypatch.setattr(hub_requests, "sleep", found.append)
-    return found
 
 
 @pytest.fixture

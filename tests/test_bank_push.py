@@ -11,10 +11,10 @@ from huggingface_hub import HfApi
 
 from hf_cl import MaskBank
 from hf_cl.errors import BankConflictError, BankCorruptError, BankError, ConfigError
-from hf_cl.storage import hub_requests
 from hf_cl.storage.manifest import MANIFEST
 
-hub = hub_server.hub
+hub, waits = hub_server.hub, hub_server.waits
+pytestmark = pytest.mark.usefixtures("waits")
 COMMIT = r"/commit/main$"
 ROUTES = {
     "create": ("POST", "/api/repos/create"),
@@ -38,14 +38,6 @@ FAULTS = {
     "slow": {"delay": 0.05},
     "half": {"truncate": 5},
 }
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch):
-    """Pauses of a push take no time; their lengths are kept."""
-    found = []
-    monkeypatch.setattr(hub_requests, "sleep", found.append)
-    return found
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from hf_cl.report.groups import _student, along_the_stream, estimate, group
 from hf_cl.report.read import read_results
 from hf_cl.report.words import duration, number, safe, size
 
-DOCS = Path(__file__).parents[1] / "docs" / "results"
 HOSTILE = '<script>alert("x")</script>&\u202e$a^\x1b\ud800\n'
 
 
@@ -79,9 +78,22 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def compared():
+    """Return runs of five methods on one stream in no order, and one of another stream."""
+    tuning = {"split": "validation", "tasks": ["pets", "weather"], "chosen": {"method.learning_rate": 3e-3}}
+    tuning["trials"] = [{"options": {"method.learning_rate": 3e-3}, "validation_accuracy": 0.9733}]
+    lora = {"name": "lora", "options": {"r": 8, "learning_rate": 3e-3}}
+    tuned = result(accuracy=0.9573, loss=0, method=lora, tuning=tuning, versions={"torch": "2.13.0+cpu"})
+    tuned["bytes_per_task"] = dict.fromkeys(tuned["tasks"], 672_936)
+    finetune = result(accuracy=0.9633, loss=0.4291, method={"name": "finetune", "options": {}}, bytes_shared=90_873_048)
+    others = [result(loss=0, method={"name": name, "options": {}}) for name in ("exssnet", "supsup", "ssnet")]
+    elsewhere = result(loss=0, method={"name": "exssnet", "options": {}}, stream="another", max_length=32)
+    return [finetune, *others, tuned, elsewhere]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A report of the committed results and of a hostile one, made by the command line."""
+    """A report of five methods, another stream and a hostile run, made by the command line."""
     place = tmp_path_factory.mktemp("report")
     options = {"name": HOSTILE, "options": {HOSTILE: HOSTILE}}
     tuning = {"split": HOSTILE, "tasks": [HOSTILE], "chosen": {f"method.{HOSTILE}": HOSTILE}}
@@ -90,7 +102,8 @@ def page(tmp_path_factory):
     odd |= {"versions": {HOSTILE: HOSTILE}, "training": {HOSTILE: HOSTILE}, "split": HOSTILE}
     odd["most_rows"] = {HOSTILE: {HOSTILE: HOSTILE}}
     write(place / "odd", odd)
-    command = ["report", str(DOCS), str(place / "odd"), "--out", str(place / "page.html"), "--json"]
+    write(place / "runs", *compared())
+    command = ["report", str(place / "runs"), str(place / "odd"), "--out", str(place / "page.html"), "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     return place / "page.html", json.loads(done.stdout)
@@ -134,14 +147,14 @@ def test_the_figures_are_those_of_the_results(page):
     shown = " ".join("".join(Page(page[0].read_text("utf-8")).texts).split())
     for text in ("0.9573", "0.4291", "0 (exactly)", "672.9\u00a0kB", "90.9\u00a0MB"):
         assert text.replace("\u00a0", " ") in shown
-    assert "learning_rate 0.003: 0.9733" in shown and "validation rows of banking, credit_cards" in shown
+    assert "learning_rate 0.003: 0.9733" in shown and "validation rows of pets, weather" in shown
     assert "torch 2.13.0+cpu" in shown and "at most 32 tokens" in shown
 
 
 def test_what_was_compared_is_said(page):
     groups = {part["stream"]: part["series"] for part in page[1]["groups"]}
-    assert list(groups["clinc10"]) == ["supsup", "exssnet", "ssnet", "lora", "finetune"]
-    assert groups["webnlp_iv"] == {"exssnet": 1}
+    assert list(groups["tiny"]) == ["supsup", "exssnet", "ssnet", "lora", "finetune"]
+    assert groups["another"] == {"exssnet": 1}
 
 
 def test_equal_runs_give_equal_bytes(tmp_path):

@@ -12,8 +12,8 @@ from typing import Any
 
 from hf_cl.errors import DataError, RunError
 from hf_cl.metrics import AccuracyMatrix
+from hf_cl.storage.run_folder import RESULTS
 
-RESULTS = "results.json"
 KINDS: dict[str, tuple[type, ...]] = {
     "stream": (str,),
     "method": (dict,),

@@ -123,7 +123,7 @@ def methods(group: Group) -> str:
     """Return each series' options, and what tuning tried and chose."""
     rows = []
     for series in group.series:
-        options = {key: value for key, value in series.runs[0].content["method"]["options"].items()}
+        options = series.runs[0].content["method"]["options"]
         tuned = {key.partition(".")[2] for key in series.runs[0].tuned if key.startswith("method.")}
         kept = [f"{safe(key)} {safe(value)}" for key, value in options.items() if key not in tuned]
         outcomes = list(dict.fromkeys(_tuning(run) for run in series.runs))

@@ -229,13 +229,14 @@ class MaskModel(Injection):
             share: Of its budget that the mask keeps now; at least one entry a layer.
         """
         layers = self.mask_layers()
+        budgets = [layer.budget(adapter) for layer in layers]
         thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])
         masks = [layer.live_mask for layer in layers if layer.live_mask is not None]
         renewed = refresh_masks(
             [layer.ranked(adapter) for layer in layers],
             masks,
             thresholds,
-            [min(layer.budget(adapter), max(1, round(share * layer.budget(adapter)))) for layer in layers],
+            [min(budget, max(1, round(share * budget))) for budget in budgets],
         )
         for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
             layer.hfcl_threshold[adapter].copy_(threshold)
