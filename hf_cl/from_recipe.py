@@ -24,7 +24,13 @@ def build_learner(recipe: Checked, output_dir: Path, compute_metrics: ComputeMet
     base = load_base(recipe.model.name, dtype=recipe.model.dtype, head=recipe.model.head)
     args = training_arguments(recipe.training, output_dir / "trainer")
     return ContinualLearner(
-        base, None, recipe.options, args, max_length=recipe.max_length, compute_metrics=compute_metrics
+        base,
+        None,
+        recipe.options,
+        args,
+        max_length=recipe.max_length,
+        compute_metrics=compute_metrics,
+        evaluate=recipe.evaluate,
     )
 
 

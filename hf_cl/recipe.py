@@ -25,6 +25,8 @@ from hf_cl.errors import ConfigError
 
 SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
 """Where recipes lie: in a wheel, and in a checkout."""
+EVALUATE = ("all", "changed")
+"""Which earlier tasks are measured anew after each task: all, or those of which a digest has changed."""
 POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate")
 
 
@@ -37,6 +39,11 @@ class Recipe:
     method: str | dict[str, Any] = option(help="A method's name, or a mapping with `name` and its options.")
     training: dict[str, Any] = option({}, help="Arguments of transformers' TrainingArguments, and `max_length`.")
     tuning: dict[str, Any] | None = option(None, help="Dotted keys and the values to try, one key after another.")
+    evaluate: str = option(
+        "all",
+        help="Earlier tasks measured anew after each task: all, or those of which a digest has changed.",
+        choices=EVALUATE,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Checked:
         training: Arguments for TrainingArguments.
         max_length: Tokens a text is cut to.
         tuning: Dotted keys and values to try.
+        evaluate: Which earlier tasks are measured anew after each task.
     """
 
     model: ModelBlock
@@ -71,6 +79,7 @@ class Checked:
     training: dict[str, Any]
     max_length: int
     tuning: dict[str, list[Any]]
+    evaluate: str = EVALUATE[0]
 
 
 def find(recipe: str) -> Path:
@@ -186,6 +195,7 @@ def check(values: Mapping[str, Any], root: Path) -> Checked:
         training=_check_training(training),
         max_length=max_length,
         tuning=_check_tuning(recipe.tuning or {}, module.Options),
+        evaluate=recipe.evaluate,
     )
 
 

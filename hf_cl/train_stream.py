@@ -202,7 +202,8 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec], split: str
     if theirs["method"]["name"] != recipe.method:
         different.append("method")
     else:
-        different += _unlike("method", theirs["method"]["options"], asdict(recipe.options), tuned)
+        ours = json.loads(json.dumps(asdict(recipe.options)))  # as a manifest has them: a tuple is a list there
+        different += _unlike("method", theirs["method"]["options"], ours, tuned)
     different += _unlike("training", theirs.get("training") or {}, recipe.training, tuned)
     if different:
         raise RunError(

@@ -43,6 +43,16 @@ def predicted(learner, name):
     return np.array(found), np.array(task.test["label"])
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of the tasks that were measured, in order."""
+    from hf_cl import learner as module
+
+    seen, real = [], module.measure
+    monkeypatch.setattr(module, "measure", lambda model, rows, *rest: seen.append(rows) or real(model, rows, *rest))
+    return seen
+
+
 # --- learn and evaluate --------------------------------------------------------------------------------------
 
 
@@ -68,6 +78,26 @@ def test_evaluating_twice_gives_equal_numbers(learned):
     first = learned.evaluate()
     assert learned.evaluate() == first
     assert first == learned.records[1]["metrics"]
+
+
+@pytest.mark.parametrize(("kind", "again"), [("supsup", 0), ("exssnet", 0), ("lora", 0), ("ssnet", 1), ("finetune", 1)])
+def test_a_task_whose_digests_are_those_of_its_commit_need_not_be_measured_again(
+    kind, again, base_folder, tmp_path, measured
+):
+    found = {}
+    for way in ("all", "changed"):
+        learner = tiny.learner(base_folder, tiny.options(kind), tmp_path / way, evaluate=way)
+        for name in ("pets", "weather"):
+            learner.learn(tiny.task(name))
+        found[way], count = [record["metrics"] for record in learner.records], len(measured)
+        measured.clear()
+        assert count == 2 + (1 if way == "all" else again)
+    assert found["changed"] == found["all"]
+
+
+def test_another_way_to_evaluate_is_refused(base_folder, tmp_path):
+    with pytest.raises(ConfigError, match="evaluate: expected all or changed, found 'some'"):
+        tiny.learner(base_folder, tiny.options("supsup"), tmp_path, evaluate="some")
 
 
 def test_the_accuracy_matrix_is_read_from_the_records(learned):

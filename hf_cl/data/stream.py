@@ -16,6 +16,7 @@ from hf_cl.data.task import TaskSpec
 from hf_cl.errors import ConfigError, DataError
 
 WHERE = "stream"
+ORDER = ("reverse", "first")
 # What a ready stream says itself, so that no option may say it for all tasks.
 OF_THE_STREAM = ("name", "dataset", "config", "data_files", "labels")
 
@@ -43,7 +44,8 @@ def read_stream(
 
     Args:
         value: A name in `<data_dir>/streams.json`; or `{name: NAME, <option>: ...}`, a named stream
-            with options for all its tasks; or `{tasks: [...], <option>: ...}`; or a list of tasks.
+            with options for all its tasks, and `reverse: true` or `first: N` for its order and length;
+            or `{tasks: [...], <option>: ...}`; or a list of tasks.
         data_dir: Folder of ready streams, which is `$HF_CL_DATA`, or None if that is not set.
         root: What relative local paths start from, the recipe's folder; by default the working directory.
         defaults: Options for all tasks that do not say otherwise.
@@ -57,7 +59,8 @@ def read_stream(
         tasks = _named(value, data_dir)
     elif isinstance(value, Mapping) and "name" in value and "tasks" not in value:
         tasks = _named(value["name"], data_dir)
-        options = {key: entry for key, entry in value.items() if key != "name"}
+        options = {key: entry for key, entry in value.items() if key not in ("name", *ORDER)}
+        tasks = _ordered(tasks, {key: value[key] for key in ORDER if key in value})
         shared |= _shared(options, OF_THE_STREAM, WHERE)
     elif isinstance(value, Mapping):
         tasks, options = _written(value)
@@ -126,6 +129,16 @@ def _named(name: Any, data_dir: Path | None) -> list[dict[str, Any]]:
         raise DataError(f"{file}: {name!r} is no list of steps, but {streams[name]!r:.80}.")
     steps = [read(Step, step, f"{file}, {name}[{index}]") for index, step in enumerate(streams[name])]
     return [_task(step, data_dir, f"{file}, {name}") for step in steps]
+
+
+def _ordered(tasks: list[dict[str, Any]], order: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a ready stream's tasks from the last to the first, or the first few of them; both in this order."""
+    reverse, first = order.get("reverse", False), order.get("first", len(tasks))
+    if not isinstance(reverse, bool):
+        raise ConfigError(f"{WHERE}.reverse: expected true or false, found {reverse!r}.")
+    if isinstance(first, bool) or not isinstance(first, int) or not 1 <= first <= len(tasks):
+        raise ConfigError(f"{WHERE}.first: expected a number of tasks from 1 to {len(tasks)}, found {first!r}.")
+    return (tasks[::-1] if reverse else tasks)[:first]
 
 
 def _streams(file: Path) -> dict[str, Any]:

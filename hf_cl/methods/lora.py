@@ -36,6 +36,9 @@ class Options:
     r: int = option(8, help="Rank of each update.", least=1)
     alpha: float | None = option(None, help="LoRA's alpha; none: twice the rank.", above=0)
     dropout: float = option(0.0, help="Dropout before the update.", least=0, below=1)
+    target_modules: tuple[str, ...] | None = option(
+        None, help="Ends of the names of the linears to adapt; none: those that masks adapt."
+    )
     learning_rate: float = option(3e-3, help="Peak learning rate of the adapter.", above=0)
     head_learning_rate: float | None = option(
         None, help="Peak learning rate of the head; none: the training's.", above=0
@@ -54,7 +57,8 @@ class Lora(Method):
         super().__init__(base)
         self.options, self.seed = options, seed
         stored = (settled or {}).get("target_modules")
-        self.targets = stored or find_targets(base.model, family_of(base.model).targets, base.head)
+        named = options.target_modules or family_of(base.model).targets
+        self.targets = stored or find_targets(base.model, named, base.head)
         # GPT-2's linears store their weight transposed, and PEFT has to be told.
         self._transposed = any(isinstance(base.model.get_submodule(name), Conv1D) for name in self.targets)
         self.heads = TaskHeads(base, seed)

@@ -46,6 +46,33 @@ def test_options_of_a_named_stream_hold_for_all_its_tasks(ready):
     assert [(spec.max_train, spec.max_test, spec.seed) for spec in specs] == [(8, 2, 3), (8, 2, 3)]
 
 
+@pytest.mark.parametrize(
+    ("order", "names"),
+    [
+        ({"reverse": True}, ["other", "one"]),
+        ({"reverse": False}, ["one", "other"]),
+        ({"first": 1}, ["one"]),
+        ({"first": 1, "reverse": True}, ["other"]),
+    ],
+)
+def test_a_ready_stream_runs_backwards_or_in_part(ready, order, names):
+    assert [spec.name for spec in read({"name": "two", **order}, ready)] == names
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ({"reverse": "yes"}, "stream.reverse: expected true or false, found 'yes'"),
+        ({"first": 0}, "stream.first: expected a number of tasks from 1 to 2, found 0"),
+        ({"first": 3}, "found 3"),
+        ({"first": True}, "found True"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(ready, order, said):
+    with pytest.raises(ConfigError, match=said):
+        read({"name": "two", **order}, ready)
+
+
 def test_a_tasks_own_option_wins_over_the_streams_and_that_over_the_default():
     specs = read(
         {"tasks": [{"name": "a", "max_train": 1}, {"name": "b"}], "dataset": "org/x", "max_train": 2},
