@@ -50,7 +50,7 @@ def evaluate_run(
                 )
             rows = tokenise(task, base.tokenizer, folder.manifest["max_length"])
             method.activate(int(record.get("index", position)))
-            found[name] = evaluate(method.model, rows["test"], collator(base.tokenizer), args)
+            found[name] = evaluate(method.model, rows["test"], collator(base.tokenizer), args).metrics
     return found
 
 

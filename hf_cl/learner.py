@@ -7,6 +7,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -91,6 +92,8 @@ class ContinualLearner:
         self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
         self.data_collator, self.trainer_class = data_collator, trainer_class
         self._measure = evaluate
+        self.correct: dict[str, np.ndarray] = {}
+        """Which test rows of each task were answered rightly when it was last measured; bool, by name."""
         self.records: list[dict[str, Any]] = []
         self.bank: Manifest | None = None
         """What is in a bank already: the one it goes on from, or has saved last."""
@@ -181,7 +184,8 @@ class ContinualLearner:
 
     def _unchanged(self) -> dict[str, dict[str, Any]]:
         """Return the last metrics of the earlier tasks whose digests are what they were at their commit."""
-        known = self.records[-2]["metrics"] if len(self.records) > 1 else {}
+        last = self.records[-2]["metrics"] if len(self.records) > 1 else {}
+        known = {name: metrics for name, metrics in last.items() if name in self.correct}
         return {
             record["name"]: known[record["name"]]
             for record in self.records[:-1]
@@ -202,13 +206,9 @@ class ContinualLearner:
             if index < self._before and self._tests[index] is None:
                 continue
             self.activate(name)
-            found[name] = measure(
-                self.method.model,
-                self._test_rows(index),
-                self._collator(),
-                self.args,
-                self.compute_metrics,
-            )
+            rows = self._test_rows(index)
+            measured = measure(self.method.model, rows, self._collator(), self.args, self.compute_metrics)
+            found[name], self.correct[name] = measured.metrics, measured.correct
         return found
 
     def _collator(self) -> Any:

@@ -5,6 +5,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hf_cl.metrics import AccuracyMatrix
 
 PACKAGES = ("hf-cl", "torch", "transformers", "peft", "datasets", "accelerate", "evaluate", "numpy")
@@ -25,6 +27,7 @@ def versions() -> dict[str, str]:
 def results(
     manifest: Mapping[str, Any],
     matrix: AccuracyMatrix,
+    correct: Mapping[str, np.ndarray],
     verdict: Mapping[str, Any],
     seconds: Mapping[str, Any],
     tuning: Mapping[str, Any] | None,
@@ -35,6 +38,7 @@ def results(
     Args:
         manifest: The run's manifest, all tasks finished.
         matrix: Accuracy of every task after every task.
+        correct: By task, whether each row was answered rightly at the end of the stream; bool.
         verdict: What `hf-cl verify --json` said in a fresh process.
         seconds: Wall-clock seconds by what they were spent on.
         tuning: The grid and its outcome, or None.
@@ -57,6 +61,7 @@ def results(
         "max_length": manifest["max_length"],
         "split": manifest.get("split", "test"),
         "accuracy_matrix": matrix.to_list(),
+        "correct": {name: bits_of(correct[name]) for name in names},
         "macro_f1": {name: tasks[-1]["metrics"][name]["macro_f1"] for name in names},
         "average_accuracy": matrix.average_accuracy,
         "backward_transfer": matrix.backward_transfer,
@@ -75,6 +80,11 @@ def results(
         "tuning": tuning,
         "versions": versions(),
     }
+
+
+def bits_of(correct: np.ndarray) -> dict[str, Any]:
+    """Return rows' answers for a file: their number, and a bit each as hexadecimal text, the first row's highest."""
+    return {"rows": len(correct), "bits": np.packbits(correct).tobytes().hex()}
 
 
 def _most_rows(specs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

@@ -127,6 +127,8 @@ def _finish(
     seconds: Mapping[str, float],
     began: float,
 ) -> dict[str, Any]:
+    if not all(record["name"] in learner.correct for record in learner.learned):
+        learner.evaluate()  # resumed after its last task
     verdict = verify_in_fresh_process(folder.path)
     trained = sum(record["seconds"] for record in learner.learned)
     spent = {**seconds, "training": trained, "total": time.perf_counter() - began}
@@ -134,7 +136,7 @@ def _finish(
     spent["by_task"] = {record["name"]: record["seconds"] for record in learner.learned}
     manifest = folder.path / BANK / MANIFEST
     shared = manifest.stat().st_size if manifest.is_file() else 0
-    found = results(folder.manifest, learner.matrix, verdict, spent, tuning, shared)
+    found = results(folder.manifest, learner.matrix, learner.correct, verdict, spent, tuning, shared)
     _plot(folder, learner)
     write_atomic(folder.path / RESULTS, json_bytes(found))
     return found

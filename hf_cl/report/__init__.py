@@ -2,6 +2,7 @@
 
     read      result files -> checked results
     groups    runs that may be compared; series of seeds; means and intervals
+    paired    two series on the same rows -> their difference and its interval
     axes      what pictures have in common: colours, scales, legends
     pictures  a group -> PNGs, with a text for who cannot see them
     tables    a group -> HTML tables

@@ -12,7 +12,7 @@ from hf_cl.report.axes import styles
 from hf_cl.report.groups import Group, group
 from hf_cl.report.pictures import Picture, draw
 from hf_cl.report.read import Result, read_results
-from hf_cl.report.tables import accuracies, conditions, figures, methods, sources
+from hf_cl.report.tables import accuracies, conditions, differences, figures, methods, sources
 from hf_cl.report.words import plain, safe
 from hf_cl.storage.disk import write_atomic
 
@@ -25,6 +25,8 @@ GLOSSARY = {
     "forgetting": "Mean over earlier tasks of (best so far less last). 0 is none; a negative figure is a gain.",
     "± and interval": "± is the standard deviation over seeds. The 95 % interval of the mean (Student's t) is given "
     "from three seeds on. A single seed fills a row and supports no claim that one method beats another.",
+    "paired by test row": "A bootstrap of 10,000 draws over the rows of each task, the same rows for both, meant over "
+    "the seeds that both have. An interval that holds 0 shows no difference.",
     "exact": "Measured, never declared: digests of all that each task's forward reads, and probe logits, recomputed "
     "from the saved files in a fresh process, equal those taken when the task was finished.",
     "bytes": "On disk, as saved: what a task adds, its head, and what all tasks share.",
@@ -130,6 +132,7 @@ def _section(place: int, part: Group, pictures: Sequence[Picture]) -> str:
 <h2 id="g{place}-name">{_name(part)}</h2>
 {conditions(part)}
 {figures(part)}
+{differences(part)}
 {whole}
 <div class="pair gap">{half}</div>
 <h3>Accuracy on every task, after every task</h3>

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from hf_cl.report.groups import Estimate, Group, Series
+from hf_cl.report.paired import difference, rival
 from hf_cl.report.read import Result
 from hf_cl.report.words import NONE, duration, number, safe, size
 
@@ -106,6 +107,21 @@ def _capacity(series: Series) -> str:
 def _mean(series: Series, figure: Figure) -> float | None:
     found = series.estimate(figure)
     return None if found is None else found.mean
+
+
+def differences(group: Group) -> str:
+    """Return how each series stands against the group's rival on the same rows; empty where no answers are known."""
+    against = rival(group)
+    rows = []
+    for series in group.series:
+        found = difference(series, against) if series is not against else None
+        if found is not None:
+            points, low, high = (f"{100 * value:+.2f}" for value in (found.mean, found.low, found.high))
+            rows.append([safe(series.label), points, f"{low} to {high}", str(found.seeds)])
+    if not rows:
+        return ""
+    caption = f"Points of average accuracy against {against.label}, paired by test row"
+    return table(caption, ["", "difference", "95 % interval", "seeds"], rows)
 
 
 def accuracies(group: Group) -> str:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,25 @@ def with_ours(own: ComputeMetrics | None) -> ComputeMetrics:
     """Return a `compute_metrics` that gives accuracy and macro-F1, and what the user's gives under other names."""
 
     def compute(prediction: EvalPrediction) -> dict[str, Any]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        logits = _logits(prediction.predictions)
         chosen, labels = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
         ours = {"accuracy": accuracy(chosen, labels), "macro_f1": macro_f1(chosen, labels, logits.shape[-1])}
         return {**(own(prediction) if own else {}), **ours}
 
     return compute
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass over a task's rows found.
+
+    Attributes:
+        metrics: `accuracy`, `macro_f1`, `loss`, and the user's own.
+        correct: Whether each row was answered rightly, in the order of the rows; bool.
+    """
+
+    metrics: dict[str, Any]
+    correct: np.ndarray
 
 
 def evaluate(
@@ -34,8 +48,8 @@ def evaluate(
     collator: Any,
     args: TrainingArguments,
     compute_metrics: ComputeMetrics | None = None,
-) -> dict[str, Any]:
-    """Return a model's metrics on tokenised rows: `accuracy`, `macro_f1`, `loss`, and the user's own.
+) -> Measured:
+    """Return a model's metrics on tokenised rows, and which rows it answered rightly.
 
     Args:
         model: The model with the task active.
@@ -50,17 +64,27 @@ def evaluate(
     quiet.eval_strategy = quiet.save_strategy = "no"
     quiet.push_to_hub = False
     trainer = Trainer(model=model, args=quiet, data_collator=collator, compute_metrics=with_ours(compute_metrics))
+    order = np.arange(len(rows))
     if compute_metrics is None:  # texts of one length share a batch; a user's own metric sees the rows in their order
-        rows = rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
-    found = trainer.predict(rows, metric_key_prefix="test").metrics or {}
+        order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    output = trainer.predict(rows.select(order), metric_key_prefix="test")
     forget_preparation(model)
+    correct = np.empty(len(rows), dtype=bool)
+    correct[order] = _logits(output.predictions).argmax(axis=-1) == np.asarray(output.label_ids)
     timing = (
         "test_runtime",
         "test_samples_per_second",
         "test_steps_per_second",
         "test_model_preparation_time",
     )
-    return {key.removeprefix("test_"): _plain(value) for key, value in found.items() if key not in timing}
+    found = {
+        key.removeprefix("test_"): _plain(value) for key, value in (output.metrics or {}).items() if key not in timing
+    }
+    return Measured(found, correct)
+
+
+def _logits(predictions: Any) -> np.ndarray:
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 def _plain(value: Any) -> Any:
