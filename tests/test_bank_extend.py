@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hf_cl import MaskBank, MaskConfig, run_stream, verify
 from hf_cl.errors import BankConflictError, BankError, BaseMismatchError, ConfigError, DataError, RunError
+from hf_cl.masks.compose import fitting_scale
 from hf_cl.masks.values import from_int8, round_values, to_int8
 from hf_cl.ownership.owner import FREE
 from hf_cl.recipe import load
@@ -158,6 +159,16 @@ def test_another_seed_scale_or_form_is_refused_before_any_work(begun, bank, base
         config, training = tiny.options(begun[2], **OTHER[what].get("config", {})), OTHER[what].get("training", {})
     with pytest.raises(ConfigError, match=f"{what}: .* for its whole life"):
         extended(bank, base_folder, tmp_path / "out", config=config, **training)
+
+
+def test_another_density_takes_the_banks_scale_where_none_is_asked_for(begun, bank, base_folder, tmp_path):
+    if begun[2] == "mask_config":
+        config = MaskConfig(density=0.2, scale=None)
+    else:
+        config = tiny.options(begun[2], density=0.2)
+        assert config.scale is None
+    learner = extended(bank, base_folder, tmp_path / "out", config=config)
+    assert learner.method.config.scale == bank.manifest.store.scale != fitting_scale("delta", 0.2)
 
 
 def test_other_targets_are_refused(bank, base_folder, tmp_path):

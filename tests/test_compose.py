@@ -11,7 +11,7 @@ from hf_cl.layers import store as store_module
 from hf_cl.layers.families import family_of
 from hf_cl.layers.store import MaskStore
 from hf_cl.layers.targets import find_targets
-from hf_cl.masks.compose import COMPOSES, TrainedWeight, layer_scale, start_store
+from hf_cl.masks.compose import COMPOSES, TrainedWeight, fitting_scale, layer_scale, start_store
 from hf_cl.masks.signs import sign_tensor
 
 PATH, SEED = "encoder.layer.0.output.dense", 7
@@ -56,6 +56,24 @@ def test_the_scale_of_random_is_a_share_of_he_initialisation():
 
 def test_prune_has_no_scale():
     assert layer_scale("prune", pretrained(), 3.0) == 1.0
+    assert fitting_scale("prune", 0.01) == 1.0
+
+
+def test_what_a_mask_can_move_is_the_same_at_every_density():
+    assert [fitting_scale("delta", density) * density for density in (0.001, 0.01, 0.5)] == [0.012] * 3
+
+
+def test_random_masks_keep_the_variance_of_a_sum():
+    generator, inputs = (
+        torch.Generator().manual_seed(0),
+        torch.randn(4000, 512, generator=torch.Generator().manual_seed(1)),
+    )
+    for density in (0.05, 0.5):
+        scale = layer_scale("random", torch.zeros(64, 512), fitting_scale("random", density))
+        weight = start_store("random", torch.zeros(64, 512), SEED, PATH, scale)
+        kept = torch.where(torch.rand(64, 512, generator=generator) < density, weight, 0.0)
+        # He: twice the mean square of the inputs; 64 x 4,000 sums over few random rows are within a tenth of it.
+        assert (inputs @ kept.T).square().mean() == pytest.approx(2.0, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

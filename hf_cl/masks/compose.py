@@ -23,6 +23,18 @@ from torch.autograd.function import FunctionCtx
 from hf_cl.masks.signs import sign_tensor
 
 COMPOSES = ("delta", "prune", "random")
+REACH = 0.012
+"""Density times scale in the form `delta`: what a mask can move in a row's sum stays the same at every density."""
+
+
+def fitting_scale(compose: str, density: float) -> float:
+    """Return the scale that fits a density, where none is asked for.
+
+    `delta`: `REACH / density`; the best scale of a sweep over densities .001 to .05 lay near it (docs/log.md).
+    `random`: `density ** -.5`, which keeps the variance of what a layer gives, as the "scaled" starts of supermasks do
+    (Ramanujan et al., arXiv 1911.13299, section 3.2). `prune` has none: 1.
+    """
+    return REACH / density if compose == "delta" else density**-0.5 if compose == "random" else 1.0
 
 
 def layer_scale(compose: str, weight: Tensor, scale: float, fan_in: int | None = None) -> float:

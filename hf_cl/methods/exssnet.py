@@ -28,8 +28,8 @@ class Options:
 
     density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.", above=0, most=1)
     compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
-    scale: float = option(
-        1.0, help="Magnitude of the store's start, in standard deviations of the layer's weight.", above=0
+    scale: float | None = option(
+        None, help="Magnitude of the store's start, in deviations of the layer's weight; none: by the density.", above=0
     )
     rank: str = option("signed", help="What of a score ranks.", choices=("signed", "magnitude"))
     mask_share: float = option(

@@ -116,6 +116,7 @@ def _inherits(method: MaskedMethod, index: int) -> list[int]:
 def store_entry(tuner: MaskModel) -> StoreEntry:
     """Return what is fixed for the bank's life."""
     config, layers = tuner.mask_config, tuner.mask_layers()
+    assert config.scale is not None  # settled with the first adapter
     return StoreEntry(
         compose=config.compose,
         seed=config.seed,

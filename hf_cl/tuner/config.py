@@ -66,7 +66,9 @@ class MaskConfig(PeftConfig):
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the classes."})
     density: float = field(default=0.01, metadata={"help": "Share of each layer's entries the task's mask keeps."})
     compose: str = field(default="delta", metadata={"help": "delta, prune or random: the form of A and V."})
-    scale: float = field(default=1.0, metadata={"help": "Magnitude of V's start, in standard deviations of W0."})
+    scale: float | None = field(
+        default=1.0, metadata={"help": "Magnitude of V's start, in standard deviations of W0; none: by the density."}
+    )
     scales: dict[str, float] | None = field(
         default=None, metadata={"help": "Each layer's magnitude as computed once; filled in, and kept."}
     )
@@ -142,7 +144,7 @@ class MaskConfig(PeftConfig):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(filter(None, known))}.")
         if self.free_topk and self.trains != "claimed":
             raise ConfigError(f"free_topk: asks for free entries to train, but trains is {self.trains!r}.")
-        if not self.scale > 0:
+        if self.scale is not None and not self.scale > 0:
             raise ConfigError(f"scale: expected a number above 0, found {self.scale!r}.")
         if self.id2label is not None:
             # JSON has no integer keys.

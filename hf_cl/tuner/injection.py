@@ -9,6 +9,7 @@ from torch import nn
 from hf_cl.errors import ConfigError
 from hf_cl.layers.families import family_of
 from hf_cl.layers.targets import find_head, find_norms, find_targets, matches, refuse_unmaskable
+from hf_cl.masks.compose import fitting_scale
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.known import KnownTasks
 from hf_cl.tuner.layer import MaskLinear
@@ -140,6 +141,8 @@ class Injection(KnownTasks):
         model.accepts_loss_kwargs = False
 
     def _settle(self, config: MaskConfig, model: nn.Module) -> None:
+        if config.scale is None:
+            config.scale = fitting_scale(config.compose, config.density)
         config.head_modules = find_head(model, config.head_modules, config.missing_modules or ())
         wanted = config.target_modules
         suffixes = list(family_of(model).targets) if wanted is None else [wanted] if isinstance(wanted, str) else wanted

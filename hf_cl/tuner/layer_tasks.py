@@ -61,6 +61,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         self.path = path
         known = (config.scales or {}).get(path)
         if known is None:
+            assert config.scale is not None  # the model has settled it
             known = layer_scale(config.compose, base_layer.weight, config.scale, fan_in(base_layer))
         self.store = MaskStore(base_layer.weight, compose=config.compose, seed=config.seed, path=path, scale=known)
         self.hfcl_scores, self.hfcl_values = nn.ParameterDict(), nn.ParameterDict()
