@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from hf_cl.masks.signs import sign_tensor
 
 COMPOSES = ("delta", "prune", "random")
-REACH = 0.012
+REACH = 0.01
 """Density times scale in the form `delta`: what a mask can move in a row's sum stays the same at every density."""
 
 
