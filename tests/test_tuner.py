@@ -445,3 +445,29 @@ def test_registration_is_idempotent():
     assert hf_cl.tuner.peft_type.extend_peft_type("HFCL") is PeftType("HFCL") is PeftType["HFCL"] is PeftType.HFCL
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.HFCL] is MaskConfig
     assert copy.deepcopy(PeftType.HFCL) is PeftType.HFCL
+
+
+# --- switching ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.02, 0.2])  # positions of the sparse ones are kept
+def test_a_finished_task_is_shown_by_its_bits_whatever_was_kept_of_them(one, density):
+    model = one(density=density)
+    tuner = model.base_model
+    model.add_adapter("other", config(density=density))
+    for seed, name in enumerate(("news", "other")):
+        for layer in tuner.mask_layers():
+            drawn = torch.rand(layer.base_layer.weight.shape, generator=torch.Generator().manual_seed(seed))
+            layer.install(name, drawn < density, None)
+    before = {name: logits(model, name) for name in ("news", "other", "news", "other")}
+    assert {bool(layer._shown) for layer in tuner.mask_layers()} == {density == 0.02}
+    layer = tuner.mask_layers()[0]
+    layer.hfcl_bits["news"].bitwise_not_()
+    moved = logits(model, "news")
+    assert not torch.equal(moved, before["news"])
+    layer.hfcl_bits["news"] = layer.hfcl_bits["news"].bitwise_not()
+    assert torch.equal(logits(model, "news"), before["news"])
+    model.set_adapter("other")
+    model.delete_adapter("news")
+    assert not any("news" in layer._shown for layer in tuner.mask_layers())
+    assert torch.equal(logits(model, "other"), before["other"])

@@ -75,18 +75,26 @@ class MaskStore(nn.Module):
             weight: The base's weight.
             mask: bool, of the weight's shape.
         """
+        self.show_at(weight, self.entries(mask))
+
+    def entries(self, mask: Tensor) -> Tensor:
+        """Return a mask as `show_at` takes it: int64 flat positions, or the flat mask where one pass beats them."""
         flat = mask.view(-1)
         # An accelerator would have to be waited for to count, and writes the whole weight in no time.
         if flat.device.type != "cpu" or np.count_nonzero(flat.numpy()) > DENSE_FROM * flat.numel():
+            return flat
+        return positions(flat)
+
+    def show_at(self, weight: Tensor, entries: Tensor) -> None:
+        """Make the composed weight `A + M * V`, with M given by `entries`."""
+        if entries.dtype == torch.bool:
             full = weight.float() + self.values if self.delta else self.values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
-            self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))
-            self._written = flat
-            return
-        self.clear(weight)
-        where = positions(flat)
-        write_entries(self.weight, weight, self.values, where, delta=self.delta)
-        self._written = where
+            self.weight.copy_(torch.where(entries.view_as(weight), full.to(weight.dtype), rest))
+        else:
+            self.clear(weight)
+            write_entries(self.weight, weight, self.values, entries, delta=self.delta)
+        self._written = entries
 
     def clear(self, weight: Tensor) -> None:
         """Make the composed weight A again."""

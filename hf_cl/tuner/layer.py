@@ -4,7 +4,8 @@ Its weight is composed between steps and kept until the task or its mask changes
 nothing, however often it reads the layer (ALBERT's shared layers, checkpointing). What a layer of n entries
 keeps: the base's weight, the composed one in the same dtype, V in float32, owners in int16; 14 n bytes with a
 base in float32. A committed task adds n/8 bytes and its values; a training one 4 n for its scores and n for
-its mask, and what the optimizer adds for the scores.
+its mask, and what the optimizer adds for the scores. The positions of a sparse finished mask are kept too, once it
+was active: switching to it then reads no bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ from hf_cl.layers.linear import Linear, apply_weight
 from hf_cl.masks.compose import TrainedWeight
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer_tasks import LayerTasks
+
+SPARSE_BELOW = 32
+"""A finished task's positions are kept where its mask has fewer than one of so many entries: twice its bits at most."""
 
 
 class MaskLinear(LayerTasks):
@@ -35,6 +39,8 @@ class MaskLinear(LayerTasks):
         self._start: Tensor | None = None
         self._seen = (-1, -1)
         self._lacking = False
+        # By finished task: its bits, their version, and the entries they stand for. Derived, like the composed weight.
+        self._shown: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active and compose its weight; a committed one never trains again.
@@ -48,6 +54,11 @@ class MaskLinear(LayerTasks):
         super().set_adapter(names, inference_mode=inference_mode)
         self._freeze_finished()
         self.compose()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop a task; see `LayerTasks.delete_adapter`."""
+        self._shown.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def _adapter(self) -> str | None:
         names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
@@ -79,6 +90,7 @@ class MaskLinear(LayerTasks):
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskLinear":
         """Follow the model to another device; what is derived is derived there."""
         super()._apply(fn, recurse)
+        self._shown.clear()
         if self._where is not None:
             self.compose()
         return self
@@ -97,16 +109,31 @@ class MaskLinear(LayerTasks):
         self._where = self._start = None
         if adapter is None or weight.is_meta or self.hfcl_scores[adapter].is_meta:
             return
+        phase = self.phase(adapter)
+        if phase == "committed":
+            self._lacking, self.live_mask = False, None
+            self.store.show_at(weight, self._kept(adapter))
+            return
         mask = self.mask(adapter)
         self.store.show(weight, mask)
-        phase = self.phase(adapter)
-        self._lacking = phase != "committed" and not torch.equal(self.hfcl_where[adapter].cpu(), self.owners_digest())
+        self._lacking = not torch.equal(self.hfcl_where[adapter].cpu(), self.owners_digest())
         self.live_mask = mask if phase == "mask" else None
         if phase == "weight":
             self._where = self.trainable(adapter, mask)
             self._start = self.store.base_at(weight, self._where)
             self._seen = (-1, -1)
             self.write_values()
+
+    def _kept(self, adapter: str) -> Tensor:
+        """Return what the store shows of a finished task: the positions of its mask, found once while it is sparse."""
+        bits = self.hfcl_bits[adapter]
+        held = self._shown.get(adapter)
+        if held is not None and held[0] is bits and held[1] == bits._version:
+            return held[2]
+        entries = self.store.entries(self.mask(adapter))
+        if entries.shape[0] * SPARSE_BELOW < self.base_weight.numel() and not bits.is_inference():
+            self._shown[adapter] = (bits, bits._version, entries)
+        return entries
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active adapter's weight; x of shape (..., in) gives (..., out)."""
