@@ -1,10 +1,17 @@
 """A batch whose rows belong to several tasks, answered in one call.
 
-A mask multiplies the weight, so tasks share no product of a layer, as LoRA's do: each task's rows go through the
-model together, and their logits go back to their places. Whatever a model does with a layer's weight between its
-rows (DeBERTa's relative positions) therefore needs no case of its own.
+Shared: with `delta` a task's weight is the base's plus few entries, so all rows go through the model together, share
+the product with the base's weight, and each task adds its own entries' for its rows. Equal to one task at a time
+within `TOLERANCE`, since sums are taken in another order.
+
+Apart: each task's rows go through the model together, one task after another, and their logits go back to their
+places; bit-equal to such a batch of the task alone. So it is where the tasks' forms share no product (`prune`,
+`random`), while one of them trains, where a model does something with a layer's weight between its rows (DeBERTa's
+relative positions), and where `tuner.share_products` is False.
 """
 
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +20,10 @@ from transformers.utils import ModelOutput
 
 from hf_cl.errors import ConfigError
 from hf_cl.tuner.names import BASE
+from hf_cl.tuner.rows import NoRowsError, Rows
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""How far logits of a shared batch may be from those of one task at a time, as a share of the largest of the batch."""
 
 
 def run_mixed(tuner: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelOutput:
@@ -40,17 +51,50 @@ def run_mixed(tuner: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         places.setdefault(name, []).append(row)
+    picked = {name: torch.tensor(where) for name, where in places.items()}
+    if len(picked) > 1 and _shareable(tuner, picked):
+        try:
+            return _shared(tuner, picked, len(names), args, kwargs)
+        except NoRowsError:
+            tuner.share_products = False  # so is this model: no batch of it can share
+    return _apart(tuner, picked, len(names), args, kwargs)
+
+
+def _shareable(tuner: Any, names: Iterable[str]) -> bool:
+    """Return whether tasks can share the products with the base's weight, as far as one knows without a forward."""
+    finished = all(name == BASE or tuner.phase(name) == "committed" for name in names)
+    return bool(tuner.share_products and finished and tuner.mask_config.compose == "delta")
+
+
+def _shared(
+    tuner: Any, places: Mapping[str, Tensor], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelOutput:
+    order, ends = torch.cat(list(places.values())), accumulate(len(where) for where in places.values())
+    rows = {name: slice(end - len(where), end) for (name, where), end in zip(places.items(), ends, strict=True)}
+    inputs = {key: _rows(value, order, count) for key, value in kwargs.items()}
+    with tuner.planned(Rows(rows, count)):
+        output = tuner.model(*(_rows(value, order, count) for value in args), **inputs)
+    _require_output(output)
+    return type(output)(**{key: _together([(order, output[key])], count) for key in output})
+
+
+def _apart(
+    tuner: Any, places: Mapping[str, Tensor], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelOutput:
     parts: list[tuple[Tensor, Any]] = []
     for name, where in places.items():
         with tuner.answering(None if name == BASE else name):
-            picked = torch.tensor(where)
-            inputs = {key: _rows(value, picked, len(names)) for key, value in kwargs.items()}
-            output = tuner.model(*(_rows(value, picked, len(names)) for value in args), **inputs)
-        if not isinstance(output, ModelOutput):
-            raise ConfigError("adapter_names: a mixed batch returns a ModelOutput. Leave return_dict=False out.")
-        parts.append((picked, output))
+            inputs = {key: _rows(value, where, count) for key, value in kwargs.items()}
+            output = tuner.model(*(_rows(value, where, count) for value in args), **inputs)
+        _require_output(output)
+        parts.append((where, output))
     kind = parts[0][1]
-    return type(kind)(**{key: _together([(where, out[key]) for where, out in parts], len(names)) for key in kind})
+    return type(kind)(**{key: _together([(where, out[key]) for where, out in parts], count) for key in kind})
+
+
+def _require_output(output: Any) -> None:
+    if not isinstance(output, ModelOutput):
+        raise ConfigError("adapter_names: a mixed batch returns a ModelOutput. Leave return_dict=False out.")
 
 
 def _rows(value: Any, where: Tensor, rows: int) -> Any:
