@@ -21,13 +21,17 @@ from hf_cl import plugins
 from hf_cl.config import read
 from hf_cl.errors import BankError, BaseMismatchError, ConfigError, shown
 from hf_cl.layers.base import Base, lasting, load_base, tokenizer_fingerprint
+from hf_cl.layers.heads import PROBLEMS
 from hf_cl.learner import ContinualLearner
 from hf_cl.ownership.digest import digest, task_digest
 from hf_cl.packing.drop import drop_task
 from hf_cl.packing.opened import OpenedTask
 from hf_cl.packing.proof import digests_of
+from hf_cl.packing.shared import gaussians_of, open_shared
 from hf_cl.packing.shelf import config_of, entry_of, open_entry
 from hf_cl.proof import TOLERANCE, probe_difference, probe_logits
+from hf_cl.routed_pipeline import RoutedPipeline, Served, require_threshold
+from hf_cl.routing import Gaussians, Router
 from hf_cl.storage.bank_folder import FolderReader, Reader, read_manifest, write_bank
 from hf_cl.storage.hub import HubPlace, is_repo, open_repo
 from hf_cl.storage.hub_push import push_bank
@@ -35,6 +39,9 @@ from hf_cl.storage.manifest import MANIFEST, FileEntry, Manifest, TaskEntry, Tom
 from hf_cl.task_pipeline import TaskPipeline
 from hf_cl.training.masked import adapter_of, digests
 from hf_cl.tuner import MaskModel
+from hf_cl.tuner.view import TaskView
+
+ROUTER = "nearest_mean"
 
 
 class MaskBank:
@@ -266,7 +273,10 @@ class MaskBank:
             ConfigError: The bank has no such task.
             BankCorruptError: Its file is not what the manifest says.
         """
-        entry = self._entry(task)
+        model.set_adapter(self._bring(model, self._entry(task)), inference_mode=True)
+
+    def _bring(self, model: PeftModel, entry: TaskEntry) -> str:
+        """Read a task that was left out of an attached model; return its adapter."""
         adapter = adapter_of(entry.index)
         if adapter not in model.peft_config:
             model.add_adapter(adapter, config_of(self.manifest, entry))
@@ -276,7 +286,7 @@ class MaskBank:
                 model.delete_adapter(adapter)
                 raise
             model.eval()
-        model.set_adapter(adapter, inference_mode=True)
+        return adapter
 
     def detach(self, model: PeftModel, task: str) -> None:
         """Take a task that is not the active one out of an attached model; `activate` reads it again.
@@ -298,31 +308,81 @@ class MaskBank:
         """
         return [adapter_of(self._entry(task).index) for task in tasks]
 
-    def pipeline(
-        self, task: str, model: "PeftModel | Base | str", tokenizer: Any = None, **options: Any
-    ) -> TaskPipeline:
-        """Return a text-classification pipeline that answers with one task's labels.
+    def router(self, name: str, model: PeftModel) -> Router:
+        """Return a router over the bank's tasks on an attached model: `hf_cl.routing.Router`, and its `confidences`.
 
         Args:
-            task: Its name.
+            name: A file in `hf_cl/routing`.
+            model: From `attach`; tasks that were left out are read.
+
+        Raises:
+            BankError: It needs what was not collected of some task.
+            ConfigError: There is no such router, or a task has no classes.
+        """
+        module = plugins.load("routing", name)
+        other = [task.name for task in self.manifest.tasks if task.problem_type != PROBLEMS[0]]
+        if other:
+            raise ConfigError(f"router: {shown(', '.join(other))} has no classes to choose one of. Name the task.")
+        tuner = _tuner(model)
+        adapters = [self._bring(model, entry) for entry in self.manifest.tasks]
+        made: Router = module.build(TaskView(tuner, adapters, lambda: self._gaussians(tuner)))
+        return made
+
+    def served(self) -> list[Served]:
+        """Return its tasks as routed answers need them, in the routers' order."""
+        return [Served(entry.name, entry.labels, adapter_of(entry.index)) for entry in self.manifest.tasks]
+
+    def _gaussians(self, tuner: MaskModel) -> Gaussians:
+        shared = open_shared(self.manifest, self._bytes, int(tuner.model.config.hidden_size))
+        return gaussians_of(self.manifest, [self._open(entry) for entry in self.manifest.tasks], shared)
+
+    def pipeline(
+        self,
+        task: str | None = None,
+        model: "PeftModel | Base | str | None" = None,
+        tokenizer: Any = None,
+        *,
+        router: str = ROUTER,
+        threshold: float | None = None,
+        **options: Any,
+    ) -> "TaskPipeline | RoutedPipeline":
+        """Return a text-classification pipeline that answers with one task's labels, or finds each text's task itself.
+
+        Args:
+            task: Its name; None routes each text, and answers with `task`, `label`, `score` and `confidence`.
             model: From `attach`; or the base: its Hub id or folder, or a `Base`. It is attached once for all pipelines.
             tokenizer: The base's, where an attached model is given.
+            router: How a text's task is found: a file in `hf_cl/routing`, see docs/routing.md.
+            threshold: Confidence from 0 to 1 below which a text belongs to none of the tasks: its task and label are
+                None then. None answers every text.
             options: As for `transformers.pipeline`: `device`, `batch_size`, `top_k` and so on.
 
         Raises:
             BaseMismatchError: The base or the tokenizer is not the one the bank was learned with.
-            ConfigError: An attached model without a tokenizer.
+            BankError: The router needs what was not collected of some task.
+            ConfigError: An attached model without a tokenizer, no model, no such router, or a threshold that is none.
 
         Example:
             >>> # answer = bank.pipeline("helpdesk", "sentence-transformers/all-MiniLM-L6-v2")("I lost my password")
+            >>> # answer = bank.pipeline(model="sentence-transformers/all-MiniLM-L6-v2")("I lost my password")
         """
+        require_threshold(threshold)
+        if task is not None and threshold is not None:
+            raise ConfigError(
+                "threshold: the router's confidence is asked for it, and a task was named. Leave one out."
+            )
+        if model is None:
+            raise ConfigError("model: none is given. Give the base's Hub id or folder, or an attached model.")
         if isinstance(model, str | Base):
-            model, tokenizer = self._attached(model, task)
+            model, tokenizer = self._attached(model, self.tasks[0] if task is None else task)
         if tokenizer is None:
             raise ConfigError("tokenizer: an attached model needs the base's tokenizer. Pass it.")
         self._require_tokenizer(tokenizer)
-        self.activate(model, task)
         tuner = _tuner(model)
+        if task is None:
+            way: dict[str, Any] = {"tasks": self.served(), "router": self.router(router, model), "threshold": threshold}
+            return RoutedPipeline(model=tuner.model, tokenizer=tokenizer, tuner=tuner, **way, **options)
+        self.activate(model, task)
         adapter = adapter_of(self._entry(task).index)
         return TaskPipeline(model=tuner.model, tokenizer=tokenizer, tuner=tuner, adapter=adapter, **options)
 
@@ -388,6 +448,7 @@ class MaskBank:
             BaseMismatchError: It is another base.
         """
         logits: dict[int, dict[str, Any]] = {}
+        open_shared(self.manifest, self._bytes)
         if base is None:
             proved = digests_of(self.manifest, [self._open(entry) for entry in self.manifest.entries])
         else:

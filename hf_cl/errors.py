@@ -4,15 +4,18 @@ HfClError
 ├── ConfigError       an option is unknown, misspelt or out of its range
 ├── DataError         a data set, a column, a label or a split is not what the task says
 ├── BaseModelError    the base cannot be masked, or is not the one a run was learned on
+├── MergeError        models cannot be merged: other tensors, shapes or bases, NaN, a format that is not read
 ├── OwnershipError    a task would need, or has moved, an entry that it may not have
 ├── TrainingError     a task's training cannot go on (non-finite loss, stopped before its claim)
+├── StoppedError      the job was asked to stop (SIGTERM, SIGUSR1); what it had is saved
+├── RankError         the processes of one job disagree, or one of them failed
 ├── RunError          a run folder exists already, is incomplete, or does not hold what it says
 └── BankError         a bank cannot be read, written or used
     ├── BankCorruptError    its bytes are not what its manifest says, or no bank's at all
     ├── BankConflictError   another writer was first, or two banks claim the same entries
     └── BaseMismatchError   it was learned on another base (a BaseModelError too)
 
-Each message says where, what was found, and the way out. The first three (and `BaseMismatchError`) are
+Each message says where, what was found, and the way out. The first four (and `BaseMismatchError`) are
 also `ValueError`, so a caller who knows nothing of this package catches them as usual.
 """
 
@@ -38,12 +41,24 @@ class BaseModelError(HfClError, ValueError):
     """The base model cannot be masked, or is not the one a run was learned on."""
 
 
+class MergeError(HfClError, ValueError):
+    """Models cannot be merged: other tensors, shapes or bases, NaN, or a format that is not read."""
+
+
 class OwnershipError(HfClError, RuntimeError):
     """A task needs an entry that it may not have, or an owned entry has moved."""
 
 
 class TrainingError(HfClError, RuntimeError):
     """A task's training cannot go on; nothing of that task is committed."""
+
+
+class StoppedError(HfClError, RuntimeError):
+    """The job was asked to stop; what it had is saved, and it can go on from there."""
+
+
+class RankError(HfClError, RuntimeError):
+    """The processes of one job hold different things, or one of them failed."""
 
 
 class RunError(HfClError, RuntimeError):

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_cl import ranks
 from hf_cl.errors import ConfigError
 from hf_cl.layers.base import load_base
 from hf_cl.learner import ContinualLearner
@@ -31,6 +32,8 @@ def build_learner(recipe: Checked, output_dir: Path, compute_metrics: ComputeMet
         max_length=recipe.max_length,
         compute_metrics=compute_metrics,
         evaluate=recipe.evaluate,
+        check_steps=recipe.check_steps,
+        routing=recipe.routing,
     )
 
 
@@ -41,6 +44,7 @@ def training_arguments(training: Mapping[str, Any], output_dir: Path) -> Trainin
         ConfigError: transformers refuses a value.
     """
     defaults = {"save_strategy": "no", "report_to": [], "logging_steps": 20, "per_device_eval_batch_size": 64}
+    defaults["ddp_timeout"] = ranks.TIMEOUT
     try:
         return TrainingArguments(output_dir=str(output_dir), **{**defaults, **training})
     except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_cl import plugins
+from hf_cl import plugins, ranks
 from hf_cl.data import Task, collator, tokenise
 from hf_cl.errors import BankError, BaseMismatchError, ConfigError, DataError, RunError
 from hf_cl.layers.base import Base, lasting, load_base
@@ -20,15 +20,19 @@ from hf_cl.layers.heads import PROBLEMS
 from hf_cl.layers.targets import find_head
 from hf_cl.metrics import AccuracyMatrix
 from hf_cl.packing.entries import gives_bank
-from hf_cl.packing.grow import cut, grow
+from hf_cl.packing.grow import cut, digests_before, grow
+from hf_cl.packing.shared import open_shared
 from hf_cl.packing.shelf import BankShelf, fixed_by
 from hf_cl.proof import probe_digest
 from hf_cl.recipe import EVALUATE
 from hf_cl.storage.bank_folder import FolderReader, Reader, read_manifest, write_bank
 from hf_cl.storage.manifest import MANIFEST, FileEntry, Manifest, TaskEntry
 from hf_cl.storage.run_folder import BANK, RunFolder
+from hf_cl.training.agreement import CHECK_STEPS
+from hf_cl.training.collect import TEXTS, RouterState
 from hf_cl.training.evaluation import ComputeMetrics
 from hf_cl.training.evaluation import evaluate as measure
+from hf_cl.training.keeping import Keeping
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method, Packed
 from hf_cl.training.train_task import Training, train_task
@@ -60,6 +64,8 @@ class ContinualLearner:
         data_collator: Any = None,
         trainer_class: type[Trainer] = Trainer,
         evaluate: str = "all",
+        check_steps: int = CHECK_STEPS,
+        routing: int = TEXTS,
     ) -> None:
         """Choose base, way to learn, and training arguments.
 
@@ -77,21 +83,29 @@ class ContinualLearner:
             evaluate: Which earlier tasks `learn` measures anew: `all`, or those that `changed`. A task whose digests
                 are those of its commit keeps its metrics then: all that its forward reads is what it was. This
                 makes the work for a stream of exact tasks linear in its length instead of quadratic.
+            check_steps: Optimizer steps between two comparisons of what the ranks hold, where there are several.
+            routing: Training texts of each task that what routers know of it is made from, where the method gives a
+                bank; they go through the bare base once. 0 collects nothing: docs/routing.md says what that costs.
 
         Raises:
-            ConfigError: A loaded model without a tokenizer, a config of no method, or another `evaluate`.
+            ConfigError: A loaded model without a tokenizer, a config of no method, another `evaluate`, or `routing`
+                below 0.
             BaseModelError: The base cannot be loaded.
         """
         if evaluate not in EVALUATE:
             raise ConfigError(f"evaluate: expected {' or '.join(EVALUATE)}, found {evaluate!r}.")
+        if isinstance(routing, bool) or not isinstance(routing, int) or routing < 0:
+            raise ConfigError(f"routing: expected a number of texts, 0 for none, found {routing!r}.")
         named = config.head_modules if isinstance(config, MaskConfig) else None
         self.base = _as_base(base, tokenizer, named)
         self.args = training_args or TrainingArguments(output_dir="trainer_output", save_strategy="no", report_to=[])
         self.method_name, self.options, self.method = _as_method(self.base, config, int(self.args.seed))
         self.base = self.method.base
+        if routing and isinstance(self.method, MaskedMethod) and gives_bank(self.method):
+            self.method.routing = RouterState(routing)
         self.max_length, self.compute_metrics, self.callbacks = max_length, compute_metrics, callbacks
         self.data_collator, self.trainer_class = data_collator, trainer_class
-        self._measure = evaluate
+        self._measure, self._check_steps = evaluate, check_steps
         self.correct: dict[str, np.ndarray] = {}
         """Which test rows of each task were answered rightly when it was last measured; bool, by name."""
         self.records: list[dict[str, Any]] = []
@@ -100,6 +114,7 @@ class ContinualLearner:
         self.bank_folder: Path | None = None
         self.read: Reader | None = None
         self._tests: list[Any] = []
+        self._since: list[str] | None = None  # digests before what it goes on from, where that was cut
         self._before = 0  # tasks of the bank it goes on from
 
     @property
@@ -124,11 +139,12 @@ class ContinualLearner:
         """The model; `activate(name)` chooses the task it answers."""
         return self.method.model
 
-    def learn(self, task: Task) -> dict[str, Any]:
+    def learn(self, task: Task, keeping: Keeping | None = None) -> dict[str, Any]:
         """Learn a task, commit it, and evaluate every task seen so far.
 
         Args:
             task: From `load_task` or `task_from_datasets`.
+            keeping: Where its training is kept in its middle, as `run_stream` does; None keeps nothing.
 
         Returns:
             The task's record: facts, digests by part, metrics of all tasks seen.
@@ -136,6 +152,7 @@ class ContinualLearner:
         Raises:
             DataError: A task of that name was learned already.
             TrainingError: The task's training failed; earlier tasks are untouched.
+            RankError: The ranks of a job hold different bits.
         """
         if task.name in self.tasks:
             raise DataError(f"task {task.name!r} was learned already, as number {self.number(task.name)}. Rename it.")
@@ -151,6 +168,8 @@ class ContinualLearner:
             self.compute_metrics,
             self.callbacks,
             self.trainer_class,
+            self._check_steps,
+            keeping,
         )
         try:
             return self._record(index, task, rows["test"], training)
@@ -177,6 +196,8 @@ class ContinualLearner:
             "seconds": round(training.seconds, 3),
             "steps": training.steps,
         }
+        held = {f"its {part}": digest for part, digest in record["parts"].items()}
+        ranks.require_equal(held, f"after task {task.name!r}")
         self.records.append(record)
         self._tests.append(test)
         record["metrics"] = self._evaluate(self._unchanged() if self._measure == "changed" else {})
@@ -259,6 +280,7 @@ class ContinualLearner:
             )
         rows: DatasetDict = tokenise(task, self.base.tokenizer, self.max_length)
         self._tests[self.tasks.index(task.name)] = rows["test"]
+        self.method.remember(self.number(task.name), rows)
 
     def restore(self, folder: RunFolder) -> None:
         """Take over the finished tasks of a run folder.
@@ -269,15 +291,20 @@ class ContinualLearner:
         """
         bank = folder.path / BANK
         if gives_bank(self.method):
-            if not (bank / MANIFEST).exists() and not folder.tasks:
+            count = len(folder.tasks) + int(folder.manifest.get("from_tasks", 0))
+            # A bank may be there all the same: of the first task, which the run did not come to record.
+            if not folder.tasks and (count == 0 or not (bank / MANIFEST).exists()):
                 return
-            manifest = cut(read_manifest(bank), len(folder.tasks) + int(folder.manifest.get("from_tasks", 0)))
+            whole = read_manifest(bank)
+            manifest = cut(whole, count)
             self.go_on(manifest, FolderReader(bank), bank)
+            self._since = digests_before(whole, manifest) if manifest != whole else None
             self.records[len(self.records) - len(folder.tasks) :] = [dict(record) for record in folder.tasks]
             self._before = len(self.records) - len(folder.tasks)
             return
         for index, record in enumerate(folder.tasks):
             self.method.restore(index, tuple(record["labels"]), Packed(**folder.parts(index)))
+            self.method.restore_carried(index, folder.carried(index))
             self.records.append({key: value for key, value in record.items() if key != "files"})
             self._tests.append(None)
         if folder.manifest["shared"]:
@@ -309,6 +336,8 @@ class ContinualLearner:
             )
         method.config = fixed_by(manifest.store, method.config)
         shelf = BankShelf(manifest, read)
+        if method.routing is not None:
+            method.restore_shared(open_shared(manifest, read, int(self.base.model.config.hidden_size)))
         for entry in manifest.tasks:
             if method.kkt is not None:
                 method.restore_extra(entry.index, shelf.open(entry).extra)
@@ -320,15 +349,19 @@ class ContinualLearner:
     def grown(self, base_id: str | None = None) -> tuple[Manifest, dict[str, bytes]]:
         """Return the bank's manifest with all that was learned, and the bytes of its new files; see `packing.grow`."""
         way = {"name": self.method_name, "options": self.options}
-        return grow(self.method, self.records, way, self.base, base_id=base_id, before=self.bank)
+        return grow(self.method, self.records, way, self.base, base_id=base_id, before=self.bank, since=self._since)
 
     def save_bank(self, folder: Path) -> Manifest:
         """Write what was learned into a bank's folder, keep finished tasks there from now on; return its manifest."""
+        manifest = ranks.on_first(lambda: self._write_bank(folder))
+        self.bank, self.bank_folder, self.read, self._since = manifest, folder, FolderReader(folder), None
+        self.method.keep_on(BankShelf(manifest, self.read))  # type: ignore[attr-defined]
+        return manifest
+
+    def _write_bank(self, folder: Path) -> Manifest:
         manifest, files = self.grown()
         held = read_manifest(folder).digest if (folder / MANIFEST).exists() else None
         write_bank(folder, manifest, lambda entry: self._file(entry, files), expected=held)
-        self.bank, self.bank_folder, self.read = manifest, folder, FolderReader(folder)
-        self.method.keep_on(BankShelf(manifest, self.read))  # type: ignore[attr-defined]
         return manifest
 
     def _file(self, entry: FileEntry, new: Mapping[str, bytes]) -> bytes:
@@ -340,8 +373,10 @@ class ContinualLearner:
     def _add_record(self, folder: RunFolder, bank: Manifest) -> None:
         record = self.learned[len(folder.tasks)]
         entry = next(task for task in bank.tasks if task.index == record["index"])
-        head = entry.sizes["head"]
-        folder.add_task({**record, "bytes": {"task": entry.file.bytes - head, "head": head}}, {})
+        # What routers know is no part of what the task computes with: it counts as shared, as the matrix beside it.
+        head, routing = entry.sizes["head"], entry.sizes.get("routing", 0)
+        size = {"task": entry.file.bytes - head - routing, "head": head, "routing": routing}
+        folder.add_task({**record, "bytes": size}, {})
 
     def header(self) -> dict[str, Any]:
         """Return what a run folder says of this learner besides its tasks."""
@@ -364,7 +399,7 @@ class ContinualLearner:
             return
         for changed in self.method.rewritten(index):
             packed = self.method.pack(changed)
-            files[changed] = {"task": packed.task, "head": packed.head}
+            files[changed] = {"task": packed.task, "head": packed.head, **self.method.carried(changed)}
         is_newest = index == len(self.records) - 1
         folder.add_task(self.records[index], files, self.method.shared() if is_newest else None)
 
@@ -381,6 +416,10 @@ class ContinualLearner:
         if not self.learned:
             raise RunError("nothing was learned yet. Call `learn(task)` first.")
         path = Path(path)
+        ranks.on_first(lambda: self._save(path, overwrite))
+        return path
+
+    def _save(self, path: Path, overwrite: bool) -> None:
         RunFolder.require_place(path, overwrite=overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside it first: an older save stays whole until this one is.
@@ -401,7 +440,6 @@ class ContinualLearner:
             (scratch / "run").rename(path)
         finally:
             shutil.rmtree(scratch)
-        return path
 
 
 def _record(entry: TaskEntry) -> dict[str, Any]:
@@ -442,7 +480,7 @@ def _as_method(base: Base, config: Any, seed: int) -> tuple[str, dict[str, Any],
             named = config.head_modules
             head = tuple(find_head(base.model, named, config.missing_modules or ()))
             base = Base(base.model, base.tokenizer, base.name, head)
-        share = 1.0 if config.trains == "nothing" else MASK_SHARE
+        share = 1.0 if config.one_phase else MASK_SHARE
         plain = {key: value for key, value in config.to_dict().items() if value is not None}
         return "mask_config", plain, MaskedMethod(base, config, mask_share=share, rates={"scores": 0.01})
     module = type(config).__module__

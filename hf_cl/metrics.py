@@ -245,6 +245,23 @@ def macro_f1(predictions: ArrayLike, labels: ArrayLike, num_labels: int) -> floa
     return float(np.mean(2.0 * hits[present] / (labelled[present] + guessed[present])))
 
 
+def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
+    """Return how often a number of `inside` is above one of `outside`, a tie counting half: the area under the curve.
+
+    Args:
+        inside: (n,) scores of what should score high.
+        outside: (m,) scores of what should score low.
+
+    Raises:
+        DataError: One of them is empty, or holds what is no number.
+    """
+    high, low = np.asarray(inside, dtype=np.float64).ravel(), np.sort(np.asarray(outside, dtype=np.float64).ravel())
+    if not high.size or not low.size or np.isnan(high).any() or np.isnan(low).any():
+        raise DataError(f"AUROC: expected numbers on both sides, found {high.size} and {low.size}, or NaN among them.")
+    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
+    return float(below.sum() / (2 * high.size * low.size))
+
+
 def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     predicted, wanted = np.asarray(predictions), np.asarray(labels)
     if predicted.ndim != 1 or predicted.shape != wanted.shape or not predicted.size:

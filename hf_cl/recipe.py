@@ -44,6 +44,10 @@ class Recipe:
         help="Earlier tasks measured anew after each task: all, or those of which a digest has changed.",
         choices=EVALUATE,
     )
+    check_steps: int = option(100, help="Optimizer steps between two comparisons of what the ranks hold.", least=1)
+    routing: int = option(
+        1024, help="Training texts of a task that what routers know of it is made from; 0 collects nothing.", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Checked:
         max_length: Tokens a text is cut to.
         tuning: Dotted keys and values to try.
         evaluate: Which earlier tasks are measured anew after each task.
+        check_steps: Optimizer steps between two comparisons of what the ranks hold.
+        routing: Training texts of a task that what routers know of it is made from.
     """
 
     model: ModelBlock
@@ -80,6 +86,8 @@ class Checked:
     max_length: int
     tuning: dict[str, list[Any]]
     evaluate: str = EVALUATE[0]
+    check_steps: int = 100
+    routing: int = 1024
 
 
 def find(recipe: str) -> Path:
@@ -196,6 +204,8 @@ def check(values: Mapping[str, Any], root: Path) -> Checked:
         max_length=max_length,
         tuning=_check_tuning(recipe.tuning or {}, module.Options),
         evaluate=recipe.evaluate,
+        check_steps=recipe.check_steps,
+        routing=recipe.routing,
     )
 
 

@@ -42,7 +42,7 @@ def results(
         verdict: What `hf-cl verify --json` said in a fresh process.
         seconds: Wall-clock seconds by what they were spent on.
         tuning: The grid and its outcome, or None.
-        bank_bytes: Size of the bank's manifest, where there is a bank.
+        bank_bytes: Size of what the bank's tasks share, where there is a bank: manifest, and what routers know.
     """
     tasks: Sequence[Mapping[str, Any]] = manifest["tasks"]
     names = [task["name"] for task in tasks]
@@ -70,6 +70,7 @@ def results(
         "bytes_per_task": sizes("task"),
         "head_bytes_per_task": sizes("head"),
         "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)) + bank_bytes,
+        "bytes_carried": sum(int(task["bytes"].get("carried", 0)) for task in tasks),
         "trainable_per_task": {task["name"]: task["facts"]["trainable"] for task in tasks},
         "capacity_used": tasks[-1]["facts"].get("capacity_used"),
         "facts": {task["name"]: task["facts"] for task in tasks},

@@ -1,5 +1,8 @@
 """Opening a run folder again: restore its model, and verify that nothing of a finished task has moved."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_cl import plugins
+from hf_cl import plugins, ranks
 from hf_cl.config import read
 from hf_cl.errors import BaseModelError, HfClError, RunError
 from hf_cl.layers.base import Base, load_base
@@ -16,6 +19,7 @@ from hf_cl.packing.entries import gives_bank
 from hf_cl.packing.grow import cut
 from hf_cl.packing.opened import OpenedTask
 from hf_cl.packing.proof import digests_of
+from hf_cl.packing.shared import open_shared
 from hf_cl.packing.shelf import BankShelf, fixed_by, open_entry
 from hf_cl.proof import probe_digest
 from hf_cl.storage.bank_folder import FolderReader, read_manifest
@@ -24,6 +28,9 @@ from hf_cl.storage.run_folder import BANK, RunFolder
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method, Packed
 from hf_cl.tuner import MaskConfig
+
+BEAT = 30
+"""Seconds after which the other ranks of a job are told that a run is still being verified."""
 
 
 @dataclass
@@ -185,6 +192,10 @@ def _shelve(method: MaskedMethod, folder: RunFolder) -> tuple[list[str], dict[in
         except HfClError as error:
             bad[entry.index] = str(error)
     files = [f"{BANK}/{entry.file.name}" for entry in bank.entries if entry.index in bad]
+    try:
+        open_shared(bank, read)
+    except HfClError:
+        files += [f"{BANK}/{bank.shared.name}"] if bank.shared is not None else []
     bad = bad or _first_wrong(bank, opened)
     whole = [task.index < min(bad, default=bank.next_index) for task in bank.tasks]
     method.keep_on(BankShelf(cut(bank, sum(whole)), read, prove=False))
@@ -215,3 +226,30 @@ def _compare(method: Method, index: int, task: Mapping[str, Any]) -> dict[str, A
     moved = sorted(part for part in {*parts, *task["parts"]} if parts.get(part) != task["parts"].get(part))
     same = probe_digest(method.model) == task["probe"]
     return {"after": task_digest(parts), "moved": moved, "same_logits": same}
+
+
+def verify_in_fresh_process(path: Path) -> dict[str, Any]:
+    """Return what `hf-cl verify --json` says of a run folder in a process that knows only its files.
+
+    Raises:
+        RunError: The process gave no verdict.
+    """
+    command = [sys.executable, "-m", "hf_cl", "verify", str(path), "--json"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ranks.environment()
+    )
+    while True:
+        try:
+            out, errors = child.communicate(timeout=BEAT)
+            break
+        except subprocess.TimeoutExpired:
+            ranks.beat()
+        except BaseException:
+            child.kill()
+            raise
+    try:
+        verdict: dict[str, Any] = json.loads(out)
+        verdict["tasks"], verdict["exact"], verdict["same_logits"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path}: verifying in a fresh process failed: {errors.strip()[-800:]}") from error
+    return verdict

@@ -1,34 +1,41 @@
 """The whole way as one function: tasks -> tokens -> masked model -> ownership -> run folder -> results."""
 
 import contextlib
+import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_cl import plugins
+from hf_cl import plugins, ranks
 from hf_cl.bank import MaskBank
 from hf_cl.config import read
-from hf_cl.data import TaskSpec, load_task, measured_on, read_stream, spec_values
-from hf_cl.errors import ConfigError, RunError
+from hf_cl.data import Task, TaskSpec, load_task, measured_on, read_stream, spec_values
+from hf_cl.errors import ConfigError, RunError, StoppedError
 from hf_cl.from_recipe import build_learner
 from hf_cl.layers.base import lasting
 from hf_cl.learner import ContinualLearner
 from hf_cl.recipe import Checked, data_dir
 from hf_cl.results import results
+from hf_cl.runs import verify_in_fresh_process
+from hf_cl.storage.bank_folder import read_manifest
 from hf_cl.storage.disk import json_bytes, write_atomic
 from hf_cl.storage.manifest import MANIFEST
 from hf_cl.storage.run_folder import BANK, RESULTS, RunFolder
+from hf_cl.storage.run_folder import MANIFEST as MANIFEST_OF_RUN
 from hf_cl.training.evaluation import ComputeMetrics
+from hf_cl.training.keeping import Keeping
+from hf_cl.training.stop import StopRequest, listening
 from hf_cl.tuning import Progress, tune
 
 logger = logging.getLogger(__name__)
+FREE = {f"training.{key}" for key in ("ddp_backend", "ddp_timeout", "save_steps", "save_strategy")}
+"""What may change when a run goes on: it decides nothing that is learned."""
+SEEN_WITHIN = 60
+"""Seconds within which a network file system shows a new file to other machines."""
 
 
 def run_stream(
@@ -47,7 +54,7 @@ def run_stream(
     Args:
         recipe: A checked recipe.
         output_dir: The run folder.
-        resume: Go on after the last finished task of a run that is there.
+        resume: Go on with a run that is there, in the middle of a task where it was interrupted in one.
         overwrite: Replace a run that is there.
         from_bank: A bank's folder or Hub id to go on from; its tasks come along into the run's bank.
         split: Which rows are measured: `test`, or `validation` while options are still being chosen.
@@ -56,17 +63,19 @@ def run_stream(
 
     Raises:
         HfClError: Bad input, before any training; or a task's training failed, with earlier tasks kept.
+        StoppedError: SIGTERM or SIGUSR1 asked for it; all is saved, also of a task in its middle.
     """
     began = time.perf_counter()
+    ranks.join(
+        cpu=bool(recipe.training.get("use_cpu")), timeout=float(recipe.training.get("ddp_timeout") or ranks.TIMEOUT)
+    )
+    progress = progress if ranks.rank() == 0 else _silent
     specs = read_stream(recipe.stream, data_dir=data_dir(), root=recipe.root)
     tasks = [measured_on(load_task(spec, recipe.root), split) for spec in specs]
-    folder = _existing(output_dir, recipe, specs, split) if resume else None
-    if folder is not None and (output_dir / RESULTS).is_file():
+    folder, done = ranks.on_first(lambda: _place(output_dir, recipe, specs, split, resume, overwrite))
+    if done is not None:
         progress(f"{output_dir} is finished: {len(specs)} tasks. Nothing to do.")
-        done: dict[str, Any] = json.loads((output_dir / RESULTS).read_text("utf-8"))
         return done
-    if folder is None:
-        RunFolder.require_place(output_dir, overwrite=overwrite)
     bank = MaskBank.from_pretrained(from_bank) if from_bank is not None else None
     tuning = folder.manifest.get("tuning") if folder is not None else None
     started = time.perf_counter()
@@ -86,11 +95,58 @@ def run_stream(
         _go_on(folder, learner, bank)
         for task in tasks[: len(folder.tasks)]:
             learner.remember(task)
-    for task in tasks[len(folder.tasks) :]:
-        record = learner.learn(task)
-        learner.add_to(folder)
-        progress(_line(len(folder.tasks), len(tasks), record))
+    _require_shared(folder)
+    with listening() as request:
+        _learn(folder, learner, tasks, request, progress)
     return _finish(folder, learner, tuning, spent, began)
+
+
+def _silent(line: str) -> None:
+    """Say nothing: rank 0 says it."""
+
+
+def _place(
+    path: Path, recipe: Checked, specs: Sequence[TaskSpec], split: str, resume: bool, overwrite: bool
+) -> tuple[RunFolder | None, dict[str, Any] | None]:
+    """Return the run to go on with, if there is one, and its results, if it is finished."""
+    folder = _existing(path, recipe, specs, split) if resume else None
+    if folder is None:
+        RunFolder.require_place(path, overwrite=overwrite)
+    elif (path / RESULTS).is_file():
+        return folder, json.loads((path / RESULTS).read_text("utf-8"))
+    return folder, None
+
+
+def _learn(
+    folder: RunFolder, learner: ContinualLearner, tasks: Sequence[Task], request: StopRequest, progress: Progress
+) -> None:
+    """Learn the tasks that the run has not finished.
+
+    Raises:
+        StoppedError: A signal asked for it; what was learned is saved.
+    """
+    keeping = Keeping(folder.states, request, tell=progress)
+    for task in tasks[len(folder.tasks) :]:
+        if ranks.any_rank([request.signal is not None], learner.args.device)[0]:
+            raise StoppedError(f"stopped before task {task.name!r}. Go on with the same command and --resume.")
+        record = learner.learn(task, keeping)
+        learner.add_to(folder)
+        ranks.on_first(folder.states.clear)
+        progress(_line(len(folder.tasks), len(tasks), record))
+
+
+def _require_shared(folder: RunFolder) -> None:
+    """Refuse a run folder that not all ranks see: they read finished tasks there.
+
+    Raises:
+        RankError: A rank sees another folder than rank 0.
+    """
+    file, waited = folder.path / MANIFEST_OF_RUN, 0
+    while ranks.rank() > 0 and not file.is_file() and waited < SEEN_WITHIN:
+        time.sleep(1)
+        waited += 1
+    held = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+    ranks.require_equal({f"{file}, which must lie where all machines see it": held}, "before training")
 
 
 def _begin(
@@ -129,17 +185,36 @@ def _finish(
 ) -> dict[str, Any]:
     if not all(record["name"] in learner.correct for record in learner.learned):
         learner.evaluate()  # resumed after its last task
+    return ranks.on_first(lambda: _results(folder, learner, tuning, seconds, began))
+
+
+def _results(
+    folder: RunFolder,
+    learner: ContinualLearner,
+    tuning: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    began: float,
+) -> dict[str, Any]:
+    """Verify the run in a process of its own, and write what was found."""
     verdict = verify_in_fresh_process(folder.path)
     trained = sum(record["seconds"] for record in learner.learned)
     spent = {**seconds, "training": trained, "total": time.perf_counter() - began}
     spent = {name: round(value, 1) for name, value in spent.items()}
     spent["by_task"] = {record["name"]: record["seconds"] for record in learner.learned}
-    manifest = folder.path / BANK / MANIFEST
-    shared = manifest.stat().st_size if manifest.is_file() else 0
-    found = results(folder.manifest, learner.matrix, learner.correct, verdict, spent, tuning, shared)
+    found = results(folder.manifest, learner.matrix, learner.correct, verdict, spent, tuning, _shared(folder))
     _plot(folder, learner)
     write_atomic(folder.path / RESULTS, json_bytes(found))
     return found
+
+
+def _shared(folder: RunFolder) -> int:
+    """Return the bytes of a run's bank that are no task's own: its manifest, and what routers know."""
+    manifest = folder.path / BANK / MANIFEST
+    if not manifest.is_file():
+        return 0
+    held = read_manifest(folder.path / BANK).shared
+    routing = sum(task["bytes"].get("routing", 0) for task in folder.tasks)
+    return manifest.stat().st_size + (held.bytes if held is not None else 0) + routing
 
 
 def _plot(folder: RunFolder, learner: ContinualLearner) -> None:
@@ -149,22 +224,6 @@ def _plot(folder: RunFolder, learner: ContinualLearner) -> None:
     title = f"{folder.manifest['stream']}, {learner.method_name}"
     with contextlib.suppress(ConfigError):
         accuracy_heatmap(learner.matrix, folder.path / "accuracy.png", title)
-
-
-def verify_in_fresh_process(path: Path) -> dict[str, Any]:
-    """Return what `hf-cl verify --json` says of a run folder in a process that knows only its files.
-
-    Raises:
-        RunError: The process gave no verdict.
-    """
-    command = [sys.executable, "-m", "hf_cl", "verify", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-    try:
-        verdict: dict[str, Any] = json.loads(done.stdout)
-        verdict["tasks"], verdict["exact"], verdict["same_logits"]
-    except (ValueError, KeyError) as error:
-        raise RunError(f"{path}: verifying in a fresh process failed: {done.stderr.strip()[-800:]}") from error
-    return verdict
 
 
 def _header(
@@ -192,7 +251,7 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec], split: str
     Raises:
         RunError: It is another run than the recipe's.
     """
-    if not path.exists():
+    if RunFolder.is_free(path):
         return None
     folder = RunFolder.open(path)
     theirs, tuned = folder.manifest, set(recipe.tuning)
@@ -206,7 +265,7 @@ def _existing(path: Path, recipe: Checked, specs: Sequence[TaskSpec], split: str
     else:
         ours = json.loads(json.dumps(asdict(recipe.options)))  # as a manifest has them: a tuple is a list there
         different += _unlike("method", theirs["method"]["options"], ours, tuned)
-    different += _unlike("training", theirs.get("training") or {}, recipe.training, tuned)
+    different += _unlike("training", theirs.get("training") or {}, recipe.training, {*tuned, *FREE})
     if different:
         raise RunError(
             f"{path}: is a run with another {', '.join(different)}. Resume it with the recipe it was started with, or "
@@ -230,7 +289,8 @@ def _chosen(recipe: Checked, folder: RunFolder) -> Checked:
     """Return the recipe with the options a resumed run was tuned to."""
     module = plugins.load("methods", recipe.method)
     options = read(module.Options, folder.manifest["method"]["options"], "run.method")
-    return replace(recipe, options=options, training=folder.manifest["training"])
+    free = {key: value for key, value in recipe.training.items() if f"training.{key}" in FREE}
+    return replace(recipe, options=options, training={**folder.manifest["training"], **free})
 
 
 def _require_base(folder: RunFolder, learner: ContinualLearner) -> None:

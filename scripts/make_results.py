@@ -191,12 +191,61 @@ def banks(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"## Opening and switching\n\n{said}\n\n{table(list(columns.values()), lines)}\n"
 
 
+def faults(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of interrupted and broken jobs, from `scripts/fault_resume.py`."""
+    asked = {
+        "SIGKILL": "killed at a random moment, resumed: the bank is bit-identical to the uninterrupted one",
+        "SIGTERM": "stopped by SIGTERM at a random moment, resumed: bit-identical",
+        "torn": "newest state damaged: passed over, named, and the bank bit-identical",
+        "bit": "one bit changed on rank 1: named by every rank within two steps, with comparisons every two",
+        "dead rank": "one rank killed: the others ended by themselves in under 60 s",
+        "repeat": "run twice from the start: bit-identical",
+    }
+    lines = []
+    for trial, what in asked.items():
+        for world in sorted({found["world"] for found in rows if found["trial"] == trial}):
+            held = [found for found in rows if (found["trial"], found["world"]) == (trial, world)]
+            lines.append([what, str(world), f"{sum(found['good'] for found in held)} of {len(held)}"])
+    late = max(found["others_s"] for found in rows if found["trial"] == "dead rank")
+    said = (
+        "ExSSNeT with KKT on a tiny BERT, three tasks, real training, on a CPU over gloo; every moment, step, rank and "
+        f"bit is drawn from one seed. The slowest rank ended {late:.1f} s after the one that was killed."
+    )
+    return f"## Several processes, interrupted\n\n{said}\n\n{table(['what', 'processes', 'held'], lines)}\n"
+
+
+def merges(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of merging on disk, from `scripts/bench_merge.py`: medians over the turns."""
+    figures = {"seconds": "seconds", "cpu_seconds": "CPU seconds", "peak_mb_above_imports": "peak MB"}
+    tools = ("ours", "mergekit")
+
+    def middle(rule: str, tool: str, figure: str) -> float:
+        return statistics.median(row[figure] for row in rows if (row["rule"], row["tool"]) == (rule, tool))
+
+    lines = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        found = [[middle(rule, tool, figure) for tool in tools] for figure in figures]
+        shown = [f"{value:,.1f}" for pair in found for value in pair]
+        lines.append([rule, *shown, *(f"{theirs / ours:.2f}" for ours, theirs in found[:2])])
+    turns, loads = len({row["turn"] for row in rows}), [row["load"] for row in rows]
+    said = (
+        "Three checkpoints of BERT-base size in float32, random weights in shards of 150 MB, merged on disk, each with "
+        f"one thread of arithmetic, in turns, medians of {turns}. Peak is anonymous memory above that after imports. "
+        f"The machine was busy ({min(loads):g} to {max(loads):g} processes on two cores), so seconds are rough. "
+        "`average` is mergekit's `linear`; our TIES trims over all tensors at once, mergekit's within each."
+    )
+    columns = ["rule", *(f"{name}, {tool}" for name in figures.values() for tool in tools)]
+    return f"## Merging\n\n{said}\n\n{table([*columns, 'times faster', 'in CPU'], lines)}\n"
+
+
 def page() -> str:
     """Return the whole page."""
     benchmarks = [
         weights(json.loads((DOCS / "benchmarks" / "bytes.json").read_text("utf-8"))),
         coders(lines_of("coding.jsonl")),
         banks(lines_of("bank.jsonl")),
+        faults(lines_of("processes.jsonl")),
+        merges(lines_of("merge.jsonl")),
     ]
     return "\n".join([HEAD, *(section(part) for part in group(read_results([DOCS / "results"]))), *benchmarks])
 

@@ -61,7 +61,7 @@ def small(manifest: Manifest, tag: int, tasks: int = 3) -> Small:
         file, blobs_of = task_blob(f"task-{task.index:05d}", {"masks": torch.full((99,), tag, dtype=torch.uint8)})
         blobs[file.name] = blobs_of
         made.append(dataclasses.replace(task, file=file))
-    return Small(dataclasses.replace(manifest, tasks=made, generation=tag), blobs)
+    return Small(dataclasses.replace(manifest, tasks=made, shared=None, generation=tag), blobs)
 
 
 def read_whole(folder: Path) -> str:

@@ -43,7 +43,8 @@ def use(folder, base):
 def named(plain, names):
     """Return a bank that has one task many times, under other names."""
     task = plain.manifest.tasks[0]
-    data, tasks, blobs = plain._bytes(task.file), [], {}
+    data, tasks = plain._bytes(task.file), []
+    blobs = {plain.manifest.shared.name: plain._bytes(plain.manifest.shared)}
     for index, name in enumerate(names):
         file = dataclasses.replace(task.file, name=f"task-{index:05d}{task.file.name[10:]}")
         tasks.append(dataclasses.replace(task, index=index, name=name, file=file))

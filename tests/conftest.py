@@ -1,6 +1,7 @@
 """Tiny bases, rows of token ids and arguments: everything trains for real, in a fraction of a second."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ from hf_cl.layers.base import Base
 
 VOCAB, TOKENS = 50, 6
 os.environ["COLUMNS"] = "120"  # tables are as wide as the terminal, and there may be none
+
+
+BEGAN = time.monotonic()
+SLOW_SECONDS = float(os.environ.get("HF_CL_SLOW_SECONDS", "inf"))
+"""No slow test begins later than this: what a job has left when it comes to them."""
+
+
+def pytest_runtest_setup(item):
+    """Leave out the slow tests that there is no time for."""
+    if item.get_closest_marker("slow") and time.monotonic() - BEGAN > SLOW_SECONDS:
+        pytest.skip(f"no slow test begins after {SLOW_SECONDS:.0f} seconds")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -170,7 +170,7 @@ def full():
     """A config with no option left as it is by default, where another value is allowed."""
     return config(
         density=0.3, num_labels=None, id2label={0: "a", 1: "b", 2: "c"}, compose="prune", scale=2.0, rank="magnitude",
-        trains="claimed", free_topk=True, values_dtype="float32", train_norms=True, seed=4, task_index=5,
+        trains="claimed", free_topk=True, joint=True, values_dtype="float32", train_norms=True, seed=4, task_index=5,
         problem_type="multi_label_classification", head="shared", head_of=0, scales={"query": 0.5},
         target_modules=["query"], exclude_modules=["key"], head_modules=["classifier"], missing_modules=["x.weight"],
         base_fingerprint="abc", base_model_name_or_path="someone/base", revision="main",

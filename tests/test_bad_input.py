@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import Trainer
 
-from hf_cl import MaskConfig, open_run, run_stream, task_from_datasets
+from hf_cl import MaskConfig, open_run, plugins, run_stream, task_from_datasets
 from hf_cl import recipe as recipes
 from hf_cl.errors import BaseModelError, ConfigError, DataError, HfClError, OwnershipError, RunError, TrainingError
 from hf_cl.methods import exssnet
@@ -300,7 +300,11 @@ class Poisoned:
         return task_from_datasets(name, {split: Dataset.from_dict(columns) for split, columns in rows.items()})
 
 
-@pytest.mark.parametrize("method", ["supsup", "exssnet", "ssnet", "lora", "finetune"])
+LOOK_AT_ALL = {"average", "ewc", "l2", "sfa", "task_arithmetic", "ties", "wise_ft"}
+"""Averages and penalties read every weight: one that is no number stops them, be it of a word that no text has."""
+
+
+@pytest.mark.parametrize("method", sorted({*plugins.available("methods")} - LOOK_AT_ALL))
 def test_a_loss_that_is_no_number_stops_the_task_and_no_other(method, base_folder, tmp_path, spy):
     clean = [word for word in tiny.WORDS if word != Poisoned.word]
     one = learner(Poisoned.base(base_folder), tiny.options(method), tmp_path)

@@ -377,6 +377,7 @@ def test_a_stream_goes_on_from_a_bank_and_its_run_holds_both(base_folder, tmp_pa
     assert verify(tmp_path / "later", tiny.fresh(base_folder)).exact
 
 
+@pytest.mark.slow
 def test_a_stream_from_a_bank_is_resumed_wherever_it_stopped_and_from_that_bank_alone(
     base_folder, tmp_path, monkeypatch
 ):

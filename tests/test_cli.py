@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -103,7 +104,7 @@ def test_every_verb_and_every_method_is_listed():
     said = call("--help").stdout
     assert all(verb in said for verb in ("train", "eval", "inspect", "verify", "methods", "--version"))
     assert call("lern").exit_code == 2
-    assert "exssnet   ExSSNeT: find a mask" in call("methods").stdout
+    assert re.search(r"^exssnet +ExSSNeT: find a mask", call("methods").stdout, re.MULTILINE)
     assert {entry["name"] for entry in json.loads(call("methods", "--json").stdout)} == set(available("methods"))
     assert runpy.run_module("hf_cl")["main"] is main
 
@@ -284,10 +285,10 @@ def test_ctrl_c_while_training_keeps_what_is_finished_and_says_how_to_go_on(plac
 
     learn = ContinualLearner.learn
 
-    def stop_at_the_second(learner, task):
+    def stop_at_the_second(learner, task, keeping):
         if learner.tasks:
             raise KeyboardInterrupt
-        return learn(learner, task)
+        return learn(learner, task, keeping)
 
     monkeypatch.setattr(ContinualLearner, "learn", stop_at_the_second)
     result = call("train", place / "tiny.yaml", "--output-dir", tmp_path / "run")

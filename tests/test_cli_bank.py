@@ -160,7 +160,10 @@ def test_help_of_every_verb_needs_nothing_heavy_and_is_quick():
         (["predict", "PLACE", "x"], "no bank.json here"),
         (["predict", "PLACE/nowhere", "x"], "no such folder"),
         (["predict", "not a name", "x"], "no such folder"),
-        (["predict", "BANK", "x"], "name the task that answers: pets, weather"),
+        (["predict", "BANK", "x", "--base", "BASE", "--threshold", "2"], "threshold: 2.0 is no share from 0 to 1"),
+        (["predict", "BANK", "x", "--base", "BASE", "--router", "nearest"], "Did you mean 'nearest_mean'?"),
+        (["predict", "BANK", "x", "--task", "pets", "--threshold", ".5"], "names the task, so nothing is routed"),
+        (["eval", "BANK", "--router", "entropy"], "--router: goes with --no-task-id"),
         (["predict", "BANK", "x", "--task", "wether"], "Did you mean 'weather'?"),
         (["predict", "BANK", "x", "--task", "pets"], "--base someone/tiny"),
         (["export", "BANK", "pets", "--out", "OUT", "--to", "onnx"], "is not one of checkpoint, peft"),
@@ -327,6 +330,18 @@ def test_answers_are_the_pipelines_one_line_a_text(bank, base_folder):
     found = lines(done("predict", bank, "--task", "weather", "--base", base_folder, *TEXTS))
     assert found == [{"text": text, "task": "weather"} | pipeline(text)[0] for text in TEXTS]
     assert set(found[0]) == {"text", "task", "label", "score"}
+
+
+def test_without_a_task_each_text_is_routed(bank, base_folder):
+    loaded = tiny.fresh(base_folder)
+    opened = MaskBank.from_pretrained(bank)
+    pipeline = opened.pipeline(model=opened.attach(loaded.model), tokenizer=loaded.tokenizer)
+    found = lines(done("predict", bank, "--base", base_folder, *TEXTS))
+    assert found == [{"text": text} | pipeline(text)[0] for text in TEXTS]
+    (top,) = lines(done("predict", bank, "--base", base_folder, "--router", "entropy", "--top-k", "2", "red cat"))
+    assert top["task"] in ("pets", "weather") and len(top["top"]) == 2
+    (none,) = lines(done("predict", bank, "--base", base_folder, "--threshold", "1", "red cat"))
+    assert (none["task"], none["label"], none["score"]) == (None, None, None) and 0 < none["confidence"] < 1
 
 
 def test_lines_of_standard_input_are_answered_in_their_order_and_escaped(bank, base_folder):

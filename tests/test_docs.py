@@ -58,7 +58,9 @@ def test_a_python_example_runs(code, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(name, marks=needs_encoder if "MiniLM" in code else ()) for name, code in PAGES.items()]
+)
 def test_an_example_of_the_docs_runs(page, place):
     (place / "example.py").write_text(PAGES[page], "utf-8")
     run([sys.executable, "example.py"], place)

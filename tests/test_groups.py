@@ -240,10 +240,13 @@ def test_the_callback_watches_every_gradient_of_the_model(arguments):
         FiniteGradients().on_pre_optimizer_step(arguments(), state, None, model=model)
 
 
-@pytest.mark.parametrize(("name", "value"), [("deepspeed", {"zero_optimization": {"stage": 3}}), ("fsdp", True)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("deepspeed", {"zero_optimization": {"stage": 3}}), ("fsdp", True), ("parallelism_config", object())],
+)
 def test_what_shards_parameters_is_refused_by_name(name, value):
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, name: value})
-    with pytest.raises(ConfigError, match=f"^{name}: it shards parameters"):
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "parallelism_config": None, "n_gpu": 0, name: value})
+    with pytest.raises(ConfigError, match=f"^{name}.*: it shards parameters"):
         refuse_sharding(args)
 
 

@@ -64,7 +64,7 @@ def test_every_error_stands_in_the_tree_and_below_one_base():
     assert all(issubclass(kind, errors.HfClError) for kind in made)
     assert all(kind.__name__ in errors.__doc__ for kind in made)
     assert [kind.__name__ for kind in made if issubclass(kind, ValueError)] == [
-        "ConfigError", "DataError", "BaseModelError", "BaseMismatchError"
+        "ConfigError", "DataError", "BaseModelError", "MergeError", "BaseMismatchError"
     ]  # fmt: skip
 
 

@@ -80,7 +80,13 @@ def test_evaluating_twice_gives_equal_numbers(learned):
     assert first == learned.records[1]["metrics"]
 
 
-@pytest.mark.parametrize(("kind", "again"), [("supsup", 0), ("exssnet", 0), ("lora", 0), ("ssnet", 1), ("finetune", 1)])
+CHANGES = ("ssnet", "hypermask", "finetune")
+AGAIN = [
+    (kind, int(kind in CHANGES)) for kind in ("supsup", "exssnet", "wsn", "piggyback", "eidetic", "lora", *CHANGES)
+]
+
+
+@pytest.mark.parametrize(("kind", "again"), AGAIN)
 def test_a_task_whose_digests_are_those_of_its_commit_need_not_be_measured_again(
     kind, again, base_folder, tmp_path, measured
 ):
@@ -236,13 +242,14 @@ def test_a_config_of_no_method_is_refused(config, base_folder):
         ContinualLearner(str(base_folder), config=config)
 
 
+METHODS = plugins.available("methods")
 CONFIGS = {
     "none": None,
     "MaskConfig": MaskConfig(density=0.3, scale=2.0),
     "MaskConfig that trains what it claims": MaskConfig(density=0.3, trains="claimed", train_norms=True),
     "MaskConfig that trains its mask": MaskConfig(density=0.3, trains="mask"),
     "some layers": MaskConfig(density=0.3, target_modules=["attention.self.query"], head_modules=["classifier"]),
-    **{name: tiny.options(name) for name in plugins.available("methods")},
+    **{name: tiny.options(name) for name in METHODS},
 }
 
 
@@ -259,8 +266,15 @@ def test_what_is_saved_is_what_was_learned(kind, base_folder, tmp_path):
         method.activate(index)
         assert torch.equal(tiny.logits(method.model), tiny.logits(learner.model))
         assert method.parts(index) == learner.method.parts(index)
-    forgets = kind in ("MaskConfig that trains its mask", "ssnet", "finetune")
-    assert verify(run, tiny.fresh(base_folder)).exact is not forgets
+    kept = {"eidetic", "exssnet", "independent", "lora", "piggyback", "supsup", "wsn"}
+    exact = {*(kind for kind in CONFIGS if kind not in METHODS), *kept}
+    assert verify(run, tiny.fresh(base_folder)).exact is (kind in exact - {"MaskConfig that trains its mask"})
+
+
+def test_a_mask_config_whose_values_train_with_the_mask_has_one_phase(base_folder, tmp_path):
+    config = MaskConfig(density=0.3, trains="claimed", joint=True)
+    learner = tiny.learner(base_folder, config, tmp_path / "trainer", training={"num_train_epochs": 1})
+    assert learner.learn(tiny.task("pets"))["facts"]["trainable"] > 0
 
 
 def test_a_mask_config_that_names_the_missing_parameters_gets_its_head_from_them(base_folder, tmp_path):

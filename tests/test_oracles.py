@@ -109,7 +109,7 @@ def test_the_best_state_is_kept_and_later_tasks_are_learned_with_evaluation_on(
     for index in range(2):
         rows = token_task(seed=index, classes=3)
         learn(method, index, rows, args, callbacks=(EarlyStoppingCallback(50),))
-        assert 0 <= evaluate(method.model, rows["validation"], default_data_collator, args)["accuracy"] <= 1
+        assert 0 <= evaluate(method.model, rows["validation"], default_data_collator, args).metrics["accuracy"] <= 1
 
 
 def test_a_best_model_that_nobody_could_restore_is_refused(tiny_base, token_task, arguments):

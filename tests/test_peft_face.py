@@ -326,7 +326,8 @@ def test_each_row_of_a_mixed_batch_is_answered_by_its_own_task(tiny_model, bank)
         assert not torch.allclose(found[row, :3], answers["shop"][row, :3], atol=1e-3)
 
 
-def test_rows_of_one_task_are_answered_as_a_batch_of_theirs_bit_for_bit(bank):
+def test_apart_rows_of_one_task_are_answered_as_a_batch_of_theirs_bit_for_bit(bank):
+    bank.base_model.share_products = False
     found = mixed(bank.eval(), ROWS)
     ids = rows(5)[[0, 3]]
     bank.set_adapter("news")

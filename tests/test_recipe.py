@@ -103,7 +103,7 @@ def test_a_recipe_cannot_make_python_objects(tmp_path):
         ({"model": 3}, r"recipe\.model: expected str or dict, found 3"),
         ({"method": {"name": "exssnet", "densty": 0.1}}, r"recipe\.method.*'densty'\. Did you mean 'density'\?"),
         ({"method": {"name": "exsnet"}}, r"there is no 'exsnet'\. Did you mean 'exssnet'\?"),
-        ({"method": {"density": 0.1}}, r"recipe\.method: key 'name' is missing\. Known: exssnet"),
+        ({"method": {"density": 0.1}}, r"recipe\.method: key 'name' is missing\. Known: .*exssnet"),
         ({"method": {"name": "exssnet", "density": "thin"}}, r"density: expected float, found 'thin'"),
         ({"method": {"name": "exssnet", "start": "ktt"}}, r"start: 'ktt' is not one of kkt, fresh"),
         ({"method": {"name": "lora", "r": True}}, r"\.r: expected int, found True"),

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_cl import ContinualLearner, plugins, task_from_datasets
+from hf_cl.data import tokenise
 from hf_cl.layers.base import Base, load_base
 
 TEXT = """
@@ -170,8 +171,9 @@ def arguments(folder: Path, **changes):
     return TrainingArguments(output_dir=str(folder), **{**defaults, **more, **changes})
 
 
-TINY = {"density": 0.3, "start": "fresh", "learning_rate": 0.01}
-"""Masks large enough to overlap, no KKT (it may reuse a whole mask), and a rate at which a tiny encoder moves."""
+TINY = {"density": 0.3, "start": "fresh", "learning_rate": 0.01, "share": 0.25}
+"""Masks large enough to overlap, no KKT (it may reuse a whole mask), a rate at which a tiny encoder moves, and rows
+to replay."""
 
 
 def options(method, **changes):
@@ -186,6 +188,11 @@ def learner(base, config, folder: Path, **changes):
     loaded = fresh(base) if isinstance(base, Path) else base
     arguments_ = arguments(folder, **changes.pop("training", {}))
     return ContinualLearner(loaded, None, config, arguments_, max_length=8, **changes)
+
+
+def tokenised(learner, name, split="train"):
+    """Return a tiny task's rows as a learner trains on them."""
+    return tokenise(task(name), learner.base.tokenizer, learner.max_length)[split]
 
 
 def logits(model, seed=1):

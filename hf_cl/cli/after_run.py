@@ -67,6 +67,8 @@ def _costs(found: Mapping[str, Any]) -> Table:
 def _capacity(out: Console, found: Mapping[str, Any]) -> None:
     if found["bytes_shared"]:
         out.print(f"shared by all tasks: {show.size(found['bytes_shared'])}")
+    if found.get("bytes_carried"):
+        out.print(f"kept for the next task alone: {show.size(found['bytes_carried'])}")
     if found["capacity_used"] is not None:
         out.print(f"capacity used: {show.share(found['capacity_used'])} of the store has an owner")
 

@@ -1,5 +1,6 @@
 """The application: its verbs, its version, and how an error looks."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from hf_cl.cli.drop import drop
 from hf_cl.cli.eval import evaluate
 from hf_cl.cli.export import export
 from hf_cl.cli.inspect import inspect
+from hf_cl.cli.merge import merge
 from hf_cl.cli.methods import methods
 from hf_cl.cli.plan import plan
 from hf_cl.cli.predict import predict
@@ -20,9 +22,11 @@ from hf_cl.cli.report import report
 from hf_cl.cli.sweep import sweep
 from hf_cl.cli.train import train
 from hf_cl.cli.verify import verify
-from hf_cl.errors import HfClError
+from hf_cl.errors import HfClError, StoppedError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: what was asked to stop is saved, and the same command with --resume goes on."""
 
 
 class Verbs(TyperGroup):
@@ -32,6 +36,8 @@ class Verbs(TyperGroup):
         """Run the chosen verb."""
         try:
             return super().invoke(ctx)
+        except StoppedError as error:
+            _fail(str(error), STOPPED)
         except HfClError as error:
             _fail(str(error), BAD_INPUT)
         except OSError as error:
@@ -44,7 +50,8 @@ class Verbs(TyperGroup):
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"hf-cl: error: {show.plain(' '.join(message.split()))}", err=True)
+    kind = "stopped" if code == STOPPED else "error"
+    typer.echo(f"hf-cl: {kind}: {show.plain(' '.join(message.split()))}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -69,6 +76,7 @@ app.command("export")(export)
 app.command("drop")(drop)
 app.command("push")(push)
 app.command("pull")(pull)
+app.command("merge")(merge)
 app.command("plan")(plan)
 app.command("methods")(methods)
 
@@ -90,4 +98,11 @@ def _options(
 
 def main() -> None:
     """Run the command line; the entry point of `hf-cl`."""
-    app(prog_name="hf-cl")
+    try:
+        app(prog_name="hf-cl")
+    except SystemExit as ended:
+        if "torch" in sys.modules:
+            from hf_cl import ranks
+
+            ranks.leave(int(ended.code or 0))
+        raise

@@ -1,4 +1,4 @@
-"""`hf-cl eval`: measure every task of a run again, from its files, on its test rows."""
+"""`hf-cl eval`: measure every task of a run again, from its files, on its test rows; or a bank without task ids."""
 
 import shlex
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ import typer
 from rich.console import Console
 
 from hf_cl.cli import show
-from hf_cl.cli.arguments import Json, Model, Run
-from hf_cl.errors import RunError
+from hf_cl.cli.arguments import BankOrRun, Base, Json, Model
+from hf_cl.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from hf_cl.data import TaskSpec
 
 
 def evaluate(
-    run: Run,
+    run: BankOrRun,
     as_json: Json = False,
     model: Model = None,
     recipe: Annotated[
@@ -26,8 +26,62 @@ def evaluate(
             metavar="RECIPE", help="Where the rows are now; by default where the run found them.", show_default=False
         ),
     ] = None,
+    no_task_id: Annotated[
+        bool,
+        typer.Option(
+            "--no-task-id",
+            help="Measure a bank on all its tasks' test texts together, without saying which text is whose.",
+        ),
+    ] = False,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROUTER", help="With --no-task-id: a router; may stand several times, all by default."),
+    ] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --no-task-id: the stream in HF_CL_DATA whose rows are taken."),
+    ] = None,
+    out_of_scope: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --no-task-id: texts of no task (parquet, csv, jsonl; column `text`)."),
+    ] = None,
+    base: Base = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --no-task-id: texts a batch.")] = 64,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="With --no-task-id: tokens a text is cut to; by default as in the run.")
+    ] = None,
 ) -> None:
-    """Measure every task of a run again from its files, beside what was recorded at the end of the run."""
+    """Measure every task of a run again from its files, beside what was recorded; or a bank without task ids."""
+    from hf_cl.cli.quiet import libraries
+
+    if no_task_id:
+        if recipe is not None and stream is not None:
+            raise ConfigError("--stream: names the rows, and so does --recipe. Leave one out.")
+        specs = _specs(recipe) if recipe else _stream(stream) if stream else None
+        with libraries():
+            from hf_cl.cli.eval_bank import measure, show_measured
+
+            found = measure(
+                run,
+                base=base or model,
+                specs=specs,
+                routers=router or (),
+                out_of_scope=out_of_scope,
+                batch_size=batch_size,
+                max_length=max_length,
+            )
+        if as_json:
+            show.echo_json(found)
+        else:
+            show_measured(show.console(), found)
+        return
+    unused = {"--router": router, "--stream": stream, "--out-of-scope": out_of_scope, "--base": base}
+    if any(given for given in unused.values()):
+        raise ConfigError(f"{next(name for name, given in unused.items() if given)}: goes with --no-task-id. Add that.")
+    _evaluate_run(Path(run), as_json, model, recipe)
+
+
+def _evaluate_run(run: Path, as_json: bool, model: str | None, recipe: str | None) -> None:
     from hf_cl.cli.quiet import libraries
     from hf_cl.storage.run_folder import RunFolder
 
@@ -68,6 +122,14 @@ def _specs(recipe: str) -> "tuple[TaskSpec, ...]":
 
     checked = recipes.load(recipe)
     return read_stream(checked.stream, data_dir=recipes.data_dir(), root=checked.root)
+
+
+def _stream(name: str) -> "tuple[TaskSpec, ...]":
+    """Return the tasks of a stream in HF_CL_DATA."""
+    from hf_cl.data import read_stream
+    from hf_cl.recipe import data_dir
+
+    return read_stream(name, data_dir=data_dir(), root=None)
 
 
 def _show(out: Console, run: Path, content: Mapping[str, Any]) -> None:

@@ -45,6 +45,7 @@ def contents(folder: "RunFolder") -> dict[str, Any]:
         "stream_tasks": [spec["name"] for spec in manifest.get("stream_tasks") or tasks],
         "head": list((manifest.get("settled") or {}).get("head_modules", [])),
         "bytes_shared": int((manifest["shared"] or {}).get("bytes", 0)),
+        "bytes_carried": sum(int((task.get("bytes") or {}).get("carried", 0)) for task in folder.tasks),
         "tasks": tasks,
         "bank": str(bank) if bank.is_dir() else None,
     }
@@ -117,6 +118,8 @@ def _tasks(out: Console, content: Mapping[str, Any]) -> None:
         out.print(show.table("Its mask, when it was learned", columns, [_mask(task, names) for task in tasks]))
     if content["bytes_shared"]:
         out.print(f"shared by all tasks: {show.size(content['bytes_shared'])}")
+    if content["bytes_carried"]:
+        out.print(f"kept for the next task alone: {show.size(content['bytes_carried'])}")
 
 
 def _learned(task: Mapping[str, Any]) -> list[object]:

@@ -14,6 +14,7 @@ from hf_cl.errors import ConfigError
 
 if TYPE_CHECKING:
     from hf_cl import MaskBank
+    from hf_cl.routed_pipeline import RoutedPipeline
     from hf_cl.task_pipeline import TaskPipeline
 
 UNKNOWN, USUAL = 1_000_000, 512
@@ -30,7 +31,17 @@ def predict(
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="The task that answers; a bank's only one by default.")
+        str | None,
+        typer.Option(
+            metavar="TASK", help="The task that answers; by default each text is routed to one, if there are several."
+        ),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(metavar="ROUTER", help="How a text's task is found; nearest_mean by default.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Confidence from 0 to 1 below which a text belongs to none of the tasks."),
     ] = None,
     base: Base = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Also list so many labels, the best first.")] = 1,
@@ -44,28 +55,32 @@ def predict(
     ] = None,
     revision: Revision = None,
 ) -> None:
-    """Answer texts with a task of a bank: one line of JSON a text, in the order of the texts."""
+    """Answer texts with a bank: one line of JSON a text, in the order of the texts. Without a task, each is routed."""
     opened = open_bank(bank, revision)
-    name = _task(opened, task)
+    name = _task(opened, task, routed=router is not None or threshold is not None)
+    from hf_cl.bank import ROUTER
     from hf_cl.cli.quiet import libraries
 
     out = sys.stdout
     with libraries():
         loaded = base_of(opened, base)
-        pipeline = opened.pipeline(name, opened.attach(loaded.model, [name]), loaded.tokenizer)
-        length = max_length or _longest(loaded.tokenizer)
+        model = opened.attach(loaded.model, None if name is None else [name])
+        way: dict[str, Any] = {} if name is not None else {"router": router or ROUTER, "threshold": threshold}
+        pipeline = opened.pipeline(name, model, loaded.tokenizer, **way)
+        length = max_length or longest(loaded.tokenizer)
         for batch in _batches(_checked(texts or _lines()), batch_size):
             for text, answers in zip(batch, _answers(pipeline, batch, top_k, length), strict=True):
                 typer.echo(json.dumps(_line(text, name, answers, top_k)), file=out)
             out.flush()
 
 
-def _task(bank: "MaskBank", named: str | None) -> str:
+def _task(bank: "MaskBank", named: str | None, *, routed: bool) -> str | None:
+    """Return the task that answers, None where each text is routed."""
     if named is None:
-        if len(bank.tasks) != 1:
-            raise ConfigError(f"--task: name the task that answers: {', '.join(bank.tasks)}.")
-        return bank.tasks[0]
+        return bank.tasks[0] if len(bank.tasks) == 1 and not routed else None
     require_task(bank, named)
+    if routed:
+        raise ConfigError("--task: names the task, so nothing is routed. Leave it out, or --router and --threshold.")
     return named
 
 
@@ -94,15 +109,18 @@ def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _longest(tokenizer: Any) -> int:
+def longest(tokenizer: Any) -> int:
+    """Return how many tokens a text is cut to where nobody says."""
     length = int(tokenizer.model_max_length)
     return length if length < UNKNOWN else USUAL
 
 
-def _answers(pipeline: "TaskPipeline", batch: list[str], top_k: int, length: int) -> Any:
+def _answers(pipeline: "TaskPipeline | RoutedPipeline", batch: list[str], top_k: int, length: int) -> Any:
     return pipeline(batch, top_k=top_k, batch_size=len(batch), truncation=True, max_length=length)
 
 
-def _line(text: str, task: str, answers: list[Mapping[str, Any]], top_k: int) -> dict[str, Any]:
-    best = {"text": text, "task": task, "label": answers[0]["label"], "score": answers[0]["score"]}
-    return best | ({"top": [dict(answer) for answer in answers]} if top_k > 1 else {})
+def _line(text: str, task: str | None, answers: list[Mapping[str, Any]], top_k: int) -> dict[str, Any]:
+    """Return what one line says; of a routed text also how sure the router is."""
+    best = {"text": text, "task": task, **answers[0]}
+    top = [{"label": answer["label"], "score": answer["score"]} for answer in answers]
+    return best | ({"top": top} if top_k > 1 else {})

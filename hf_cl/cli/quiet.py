@@ -25,4 +25,6 @@ def libraries() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
         # PEFT asks transformers by a name that transformers has since changed; nobody here can act on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # torch renames an option of DDP that the Trainer passes on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         yield

@@ -1,5 +1,6 @@
 """`hf-cl sweep`: a recipe for every combination of some values, and a table of what they were worth."""
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run a recipe for every combination of values, on validation rows. The same command again goes on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("sweep: is one process. Start it without a launcher, or `hf-cl train` a recipe with one.")
     chosen = _seeds(seeds)
     progress = show.console(err=as_json)
 

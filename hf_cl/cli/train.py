@@ -24,7 +24,7 @@ def train(
     output_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/RECIPE.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
     from_bank: Annotated[
         str | None,
@@ -34,7 +34,11 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Learn a recipe's tasks one after another, and prove that none has changed an earlier one."""
+    """Learn a recipe's tasks one after another, and prove that none has changed an earlier one.
+
+    SIGTERM and SIGUSR1 save the training and end it with exit code 75: start it again with --resume. Several processes:
+    docs/launching.md.
+    """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite: one goes on with a run, the other removes it. Give one of them.")
     from hf_cl import recipe as recipes
@@ -46,6 +50,7 @@ def train(
     run = output_dir or Path("runs") / path.stem
     progress = show.console(err=as_json)
 
+    from hf_cl import ranks
     from hf_cl.cli.after_run import report
     from hf_cl.cli.quiet import libraries
     from hf_cl.train_stream import run_stream
@@ -59,6 +64,8 @@ def train(
     except KeyboardInterrupt:
         progress.print("Finished tasks are kept. Go on with the same command and --resume.", soft_wrap=True)
         raise
+    if ranks.rank() > 0:
+        return
     if as_json:
         show.echo_json(found)
     else:

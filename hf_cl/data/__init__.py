@@ -5,6 +5,7 @@ A `TaskSpec` says what a task is, `load_task` reads it into a `Task`, `tokenise`
 """
 
 from hf_cl.data.sources import load_task as load_task
+from hf_cl.data.sources import read_texts as read_texts
 from hf_cl.data.sources import task_from_datasets as task_from_datasets
 from hf_cl.data.stream import read_stream as read_stream
 from hf_cl.data.task import Task as Task

@@ -241,6 +241,27 @@ def _read_file(spec: TaskSpec, part: str, file: Path) -> Dataset:
         ) from error
 
 
+def read_texts(file: Path, column: str = "text") -> list[str]:
+    """Return one column of a parquet, csv or jsonl file; of a file with a column `split`, its rows of `test` alone.
+
+    Args:
+        file: The file.
+        column: Name of the column.
+
+    Raises:
+        DataError: It cannot be read, has no such column, or something else than texts in it.
+    """
+    spec = TaskSpec("texts", dataset=str(file), text=column)
+    rows = _read_file(spec, "texts", file)
+    if column not in rows.column_names:
+        raise DataError(f"{file}: there is no column {column!r}; it has {', '.join(rows.column_names)}.")
+    texts, splits = rows[column], rows["split"] if "split" in rows.column_names else None
+    chosen = [text for place, text in enumerate(texts) if splits is None or splits[place] == "test"]
+    if not chosen or not all(isinstance(text, str) for text in chosen):
+        raise DataError(f"{file}: column {column!r} holds no texts, or something else among them. Correct it.")
+    return chosen
+
+
 def _read_names(spec: TaskSpec, file: Path) -> tuple[str, ...] | None:
     if not file.is_file():
         return None

@@ -8,10 +8,12 @@ Invariant: a finished task's copy requires no gradient, whatever is set active.
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 
 def task_generator(seed: int, task: int, name: str) -> torch.Generator:
@@ -65,13 +67,26 @@ class TaskLayer(nn.Module):
         self.original = base_layer.requires_grad_(False)
         self.copies = nn.ModuleDict()
         self.active: str | None = None
+        self.rows: tuple[tuple[str, ...], Tensor] | None = None
+        """While a batch holds rows of several tasks: keys, and a row's place among them; see `MixedRows`."""
+        self.together: tuple[str, ...] = ()
+        """Copies that answer side by side, along the last dimension; empty: the active one alone."""
 
     def add(self, key: str, layer: nn.Module) -> None:
         """Add a task's copy under a key without dots."""
         self.copies[key] = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the active copy; x is cast to its dtype."""
+        """Apply the active copy, to each row its own task's, or several side by side; x is cast to its dtype."""
+        if self.rows is not None:
+            keys, places = self.rows
+            return of_each_row([run_copy(self.copies[key], x) for key in keys], places)
+        if self.together:
+            layers = [self.copies[key] for key in self.together]
+            # A head's later layers get what its first one gave, one part a task; what lies between is elementwise.
+            shared = x.shape[-1] == next(layers[0].parameters()).shape[-1]
+            parts = [x] * len(layers) if shared else x.chunk(len(layers), dim=-1)
+            return torch.cat([run_copy(layer, part) for layer, part in zip(layers, parts, strict=True)], dim=-1)
         layer = self.original if self.active is None else self.copies[self.active]
         return run_copy(layer, x)
 
@@ -81,6 +96,20 @@ def run_copy(layer: nn.Module, x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(next(layer.parameters()).dtype)
     return layer(x)
+
+
+def of_each_row(answers: Sequence[Tensor], places: Tensor) -> Tensor:
+    """Return each row from the answer that is its own; narrower ones are filled up with -inf.
+
+    Every copy answers every row: no shape depends on the batch, and DDP sees each copy in each step.
+
+    Args:
+        answers: One (rows, ..., width) a copy.
+        places: Which of them each row is taken from, int64 (rows,).
+    """
+    widest = max(answer.shape[-1] for answer in answers)
+    filled = [pad(answer, (0, widest - answer.shape[-1]), value=float("-inf")) for answer in answers]
+    return torch.stack(filled)[places, torch.arange(len(places), device=places.device)]
 
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")

@@ -68,14 +68,15 @@ class MaskStore(nn.Module):
         self.weight.copy_(self._empty(weight))
         self._written = None
 
-    def show(self, weight: Tensor, mask: Tensor) -> None:
+    def show(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> None:
         """Make the composed weight `A + mask * V`.
 
         Args:
             weight: The base's weight.
             mask: bool, of the weight's shape.
+            values: float32, taken in V's place while they train; None is V.
         """
-        self.show_at(weight, self.entries(mask))
+        self.show_at(weight, self.entries(mask), values)
 
     def entries(self, mask: Tensor) -> Tensor:
         """Return a mask as `show_at` takes it: int64 flat positions, or the flat mask where one pass beats them."""
@@ -85,15 +86,16 @@ class MaskStore(nn.Module):
             return flat
         return positions(flat)
 
-    def show_at(self, weight: Tensor, entries: Tensor) -> None:
-        """Make the composed weight `A + M * V`, with M given by `entries`."""
+    def show_at(self, weight: Tensor, entries: Tensor, values: Tensor | None = None) -> None:
+        """Make the composed weight `A + M * V`, with M given by `entries` and V by `values`; see `show`."""
+        values = self.values if values is None else values
         if entries.dtype == torch.bool:
-            full = weight.float() + self.values if self.delta else self.values
+            full = weight.float() + values if self.delta else values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
             self.weight.copy_(torch.where(entries.view_as(weight), full.to(weight.dtype), rest))
         else:
             self.clear(weight)
-            write_entries(self.weight, weight, self.values, entries, delta=self.delta)
+            write_entries(self.weight, weight, values, entries, delta=self.delta)
         self._written = entries
 
     def clear(self, weight: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Heads a task for models without masks: the base's head layers replaced by `TaskLayer`s."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -50,13 +51,37 @@ class TaskHeads:
     def show(self, index: int) -> None:
         """Make a task's head and labels the active ones."""
         for layer in self.layers.values():
-            layer.active = _key(index)
+            layer.active, layer.rows = _key(index), None
         follow_labels(self.model, self.labels[index])
+
+    @contextmanager
+    def together(self, indices: Iterable[int]) -> Iterator[None]:
+        """Let several tasks' heads answer inside the context: the logits are theirs side by side, in this order."""
+        keys = tuple(_key(index) for index in indices)
+        for layer in self.layers.values():
+            layer.together = keys
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.together = ()
 
     def freeze(self, index: int) -> None:
         """Freeze a finished task's head."""
         for layer in self.layers.values():
             layer.copies[_key(index)].requires_grad_(False)
+
+    def answer_rows(self, indices: Sequence[int], places: Tensor) -> None:
+        """Answer each row of the next batches by its own task's head.
+
+        Args:
+            indices: The tasks whose rows a batch may hold.
+            places: Each row's place among them, int64 (rows,).
+        """
+        widest = max(len(self.labels[index]) for index in indices)
+        for layer in self.layers.values():
+            layer.rows = tuple(_key(index) for index in indices), places
+        follow_labels(self.model, tuple(map(str, range(widest))))
 
     def thaw(self, index: int) -> None:
         """Make a task's head trainable (PEFT freezes all it does not know)."""
@@ -87,11 +112,20 @@ def load_exactly(held: Mapping[str, Tensor], given: Mapping[str, Tensor], what: 
     Raises:
         RunError: A name or a shape differs.
     """
-    if set(held) != set(given) or any(held[name].shape != given[name].shape for name in held):
-        raise RunError(f"{what} holds {', '.join(sorted(given)[:4])} ...; expected {', '.join(sorted(held)[:4])} ....")
+    require_same_shapes(held, given, what)
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(given[name])
+
+
+def require_same_shapes(held: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Require tensors of the same names and shapes.
+
+    Raises:
+        RunError: A name or a shape differs.
+    """
+    if set(held) != set(given) or any(held[name].shape != given[name].shape for name in held):
+        raise RunError(f"{what} holds {', '.join(sorted(given)[:4])} ...; expected {', '.join(sorted(held)[:4])} ....")
 
 
 def _key(index: int) -> str:

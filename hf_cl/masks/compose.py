@@ -109,6 +109,37 @@ def _plain(flat: Tensor) -> bool:
     return flat.device.type == "cpu" and flat.dtype == torch.float32
 
 
+class JointWeight(torch.autograd.Function):
+    """Hand the composed weight to the linear, and its gradient to scores and values at once (WSN).
+
+    dL/dscore = dL/dW * V, times sign(score) where the magnitude ranks; dL/dvalue = dL/dW where the mask holds a free
+    entry, and 0 elsewhere: what an earlier task owns is read from the store, never from the values that train.
+
+    Source: WSN, ICML 2022 (scores and values in one step); the private values are ours.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scores: Tensor, values: Tensor, weight: Tensor, read: Tensor, own: Tensor, magnitude: bool
+    ) -> Tensor:
+        """Return `weight`, (out, in); `read` is V as this task reads it, `own` (bool) the free entries of its mask."""
+        context: Any = ctx
+        context.magnitude = magnitude
+        context.save_for_backward(scores, read, own)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return gradients for (scores, values); the other inputs are no parameters."""
+        context: Any = ctx
+        scores, read, own = context.saved_tensors
+        grad = grads[0].float()
+        to_scores = grad * read
+        if context.magnitude:
+            to_scores.mul_(scores.sign())
+        return to_scores, grad * own, None, None, None, None
+
+
 class TrainedWeight(torch.autograd.Function):
     """Hand the composed weight to the linear, and its gradient to what trains in this phase.
 

@@ -17,6 +17,7 @@ from hf_cl.masks.values import to_int8
 from hf_cl.packing.opened import shapes_of
 from hf_cl.packing.stores import HEAD, PROBE, stores_of
 from hf_cl.proof import probe_logits
+from hf_cl.routing.nearest_mean import TASK_TENSORS
 from hf_cl.storage.bank_folder import task_blob
 from hf_cl.storage.manifest import BaseEntry, StoreEntry, TaskEntry
 from hf_cl.training.masked import MaskedMethod, adapter_of, join_codes
@@ -64,14 +65,14 @@ def task_entry(method: MaskedMethod, record: Mapping[str, Any], way: Mapping[str
         sizes={name: sum(tensor.nbytes for tensor in group.values()) for name, group in groups.items()},
         file=file,
     )
-    undeclared = set(groups["extra"]) - set(stores_of(entry).task)
+    undeclared = {*groups["extra"], *groups["routing"]} - set(stores_of(entry).task)
     if undeclared:
         raise BankError(f"{way['name']}: stores {', '.join(sorted(undeclared))}, which its STORES does not declare.")
     return entry, data
 
 
 def _tensors(method: MaskedMethod, index: int) -> dict[str, dict[str, Tensor]]:
-    """Return a task's tensors: masks (with what it owns of them), values, head, probe, and what its method adds."""
+    """Return a task's tensors: masks (with what it owns of them), values, head, probe, routing, its method's own."""
     adapter, layers = adapter_of(index), method.tuner.mask_layers()
     masks, values = {}, {}
     coded = [encode(mask, mask.shape[1]) for mask in (layer.mask(adapter).cpu().numpy() for layer in layers)]
@@ -84,7 +85,9 @@ def _tensors(method: MaskedMethod, index: int) -> dict[str, dict[str, Tensor]]:
     head = {f"{HEAD}{name}": tensor for name, tensor in method.tuner.own_tensors(adapter).items()}
     method.activate(index)
     probe = {PROBE: probe_logits(method.model)}
-    return {"masks": masks, "values": values, "head": head, "probe": probe, "extra": method.extra(index)}
+    extra = method.extra(index)
+    routing = {name: extra.pop(name) for name in TASK_TENSORS if name in extra}
+    return {"masks": masks, "values": values, "head": head, "probe": probe, "routing": routing, "extra": extra}
 
 
 def coded_values(layers: list[tuple[Tensor, Tensor, int]], dtype: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 from hf_cl.errors import BankError
 from hf_cl.layers.base import Base
 from hf_cl.packing.entries import base_entry, gives_bank, store_entry, task_entry
+from hf_cl.storage.bank_folder import task_blob
 from hf_cl.storage.manifest import Manifest
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Method
@@ -20,6 +21,7 @@ def grow(
     *,
     base_id: str | None = None,
     before: Manifest | None = None,
+    since: Sequence[str] | None = None,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Return the bank of what was learned: its manifest, and the bytes of the files that `before` does not name.
 
@@ -30,6 +32,7 @@ def grow(
         base: What was learned on.
         base_id: Its Hub id, where only a local folder is known; no path is ever written.
         before: The bank that was learned on from; its tasks stay as they stand there. One more generation.
+        since: Digests that the bank has grown from, where `before` was cut and so no longer has the digest it had.
 
     Raises:
         BankError: The method gives no bank, nothing was learned, or `base_id` is not that of `before`.
@@ -52,13 +55,19 @@ def grow(
             added.append(entry)
             files[entry.file.name] = data
     next_index = int(records[-1]["index"]) + 1
+    shared = before.shared if before is not None else None
+    if common := method.shared():
+        shared, data = task_blob("shared", common)
+        files[shared.name] = data
     if before is not None:
         if not added:
             return before, {}
         tasks = [*before.tasks, *added]
         generation = before.generation + len(added)
-        grown_from = [*before.grown_from, before.digest]
-        grown = replace(before, generation=generation, tasks=tasks, next_index=next_index, grown_from=grown_from)
+        grown_from = [*before.grown_from, before.digest] if since is None else list(since)
+        grown = replace(
+            before, generation=generation, tasks=tasks, shared=shared, next_index=next_index, grown_from=grown_from
+        )
         return grown, files
     manifest = Manifest(
         generation=len(added) - 1,
@@ -66,7 +75,7 @@ def grow(
         store=store_entry(method.tuner),
         tasks=added,
         tombstones=[],
-        shared=None,
+        shared=shared,
         next_index=next_index,
         grown_from=[],
     )
@@ -74,7 +83,7 @@ def grow(
 
 
 def cut(manifest: Manifest, count: int) -> Manifest:
-    """Return the bank as it was when its newest tasks but `count` were not learned yet.
+    """Return the bank as it was when its newest tasks but `count` were not learned yet; what all share stays grown.
 
     Args:
         manifest: Has grown by one task a generation since.
@@ -90,3 +99,9 @@ def cut(manifest: Manifest, count: int) -> Manifest:
         next_index=manifest.tasks[count].index,
         grown_from=manifest.grown_from[:-gone],
     )
+
+
+def digests_before(manifest: Manifest, kept: Manifest) -> list[str]:
+    """Return the digests that led to a bank's state before it was cut to `kept`, that state's own included."""
+    gone = len(manifest.tasks) - len(kept.tasks)
+    return list(manifest.grown_from[: len(manifest.grown_from) - gone + 1])

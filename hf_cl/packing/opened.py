@@ -16,6 +16,7 @@ from hf_cl.masks.values import from_int8
 from hf_cl.ownership.owner import FREE
 from hf_cl.packing.stores import HEAD, MASKS, OWNED, PROBE, stores_of
 from hf_cl.proof import TEXTS
+from hf_cl.routing.nearest_mean import TASK_TENSORS, TaskMeans
 from hf_cl.storage.manifest import StoreEntry, TaskEntry, Tombstone
 from hf_cl.training.masked import adapter_of, task_digests
 from hf_cl.training.method import Stores
@@ -55,6 +56,8 @@ class OpenedTask:
         """Its probe logits at its commit, float32 (texts, labels)."""
         self._stores = stores_of(entry) if isinstance(entry, TaskEntry) else Stores()
         self.extra = {name: left.pop(name) for name in self._stores.task if name in left}
+        self.routing = self._routing()
+        """Its class means, None where they were not collected."""
         for name, tensor in self.head.items():
             self._require(f"{HEAD}{name}", tensor, torch.float32, None)
         if isinstance(entry, TaskEntry):
@@ -63,6 +66,17 @@ class OpenedTask:
                 raise self.corrupt(f"its probe has the shape {tuple(self.probe.shape)}")
         if left:
             raise self.corrupt(f"its file brings {', '.join(sorted(left)[:3])}, which no such task has")
+
+    def _routing(self) -> TaskMeans | None:
+        found = set(TASK_TENSORS) & set(self.extra)
+        if not found or not isinstance(self.entry, TaskEntry):
+            return None
+        if len(found) < len(TASK_TENSORS):
+            raise self.corrupt(f"its file has {', '.join(sorted(found))} alone of what routers know")
+        try:
+            return TaskMeans.read(self.extra, len(self.entry.labels))
+        except ValueError as error:
+            raise self.corrupt(str(error)) from error
 
     def _take_values(self, left: dict[str, Tensor]) -> None:
         entry = self.entry

@@ -14,7 +14,10 @@ from typing import Any
 from hf_cl.metrics import AccuracyMatrix
 from hf_cl.report.read import Result
 
-ORDER = ("supsup", "exssnet", "ssnet", "lora", "finetune")
+ORDER = (
+    "supsup", "exssnet", "ssnet", "lora", "independent", "joint", "finetune", "replay", "sfa", "l2", "ewc",
+    "task_arithmetic", "ties", "wise_ft", "average",
+)  # fmt: skip
 """Methods are shown in this order, others after them."""
 UNIMPORTANT = ("seed", "disable_tqdm", "report_to", "logging_steps", "logging_strategy", "save_strategy", "run_name")
 """Arguments of training that change no figure, but for the seed, which is what a series is over."""

@@ -4,13 +4,16 @@
     RUN/bank/                         the mask bank, where the method gives one; see hf_cl/storage/bank_folder.py
     RUN/tasks/0003.task-<sha>.safetensors   else: what the task adds
     RUN/tasks/0003.head-<sha>.safetensors   its head and norms
+    RUN/tasks/0003.fisher-<sha>.safetensors what only the next task's training needs, by the method's own name for it
     RUN/shared/<sha>.safetensors      what all tasks share, where a method has such
+    RUN/state/                        the training of the next task, in its middle; see storage/state_folder.py
     RUN/results.json, accuracy.png    after the last task
     RUN/trainer/                      what the Trainer writes itself, if asked to
 
 Invariant: `run.json` names files by number and content, never by a task's name, and is replaced by one
 rename after the files are on disk. So a finished task is in the folder whole or not at all, whenever the
-process ends. Files that `run.json` does not name are leftovers and go with the next save.
+process ends. Files that `run.json` does not name are leftovers and go with the next save. Of several ranks, rank 0
+writes; all call, and all hold what it wrote.
 
 Source: shared-nothing atomic replacement, rename(2) and fsync(2).
 """
@@ -28,17 +31,22 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_cl import ranks
 from hf_cl.errors import RunError
 from hf_cl.storage.disk import json_bytes, write_atomic
+from hf_cl.storage.state_folder import StateFolder
 
 FORMAT = 1
 MANIFEST = "run.json"
 RESULTS = "results.json"
 PICTURE = "accuracy.png"
 BANK = "bank"
+STATE = "state"
 KEYS = ("model", "fingerprint", "method", "seed", "max_length", "tasks", "shared")
 TASK_KEYS = {"name", "labels", "parts", "probe", "files"}
 FILE = re.compile(r"^(tasks|shared)/[a-z0-9.-]{1,80}\.safetensors$")
+PARTS = ("task", "head")
+"""A task's files that its answers read; others are for the next task alone."""
 
 
 class RunFolder:
@@ -60,30 +68,43 @@ class RunFolder:
         Raises:
             RunError: Something is there already.
         """
-        cls.require_place(path, overwrite=overwrite)
-        if (path / MANIFEST).exists():
-            _remove_run(path)
-        for name in ("tasks", "shared"):
-            (path / name).mkdir(parents=True, exist_ok=True)
         folder = cls(path, {"format": FORMAT, **header, "tasks": [], "shared": None})
-        folder._replace_manifest(folder.manifest)
+
+        def make() -> dict[str, Any]:
+            cls.require_place(path, overwrite=overwrite)
+            if (path / MANIFEST).exists():
+                _remove_run(path)
+            for name in ("tasks", "shared"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+            return folder._replace_manifest(folder.manifest)
+
+        folder.manifest = ranks.on_first(make)
         return folder
 
     @staticmethod
     def require_place(path: Path, *, overwrite: bool = False) -> None:
         """Refuse a place that is taken, before any work is done.
 
-        A run without a finished task may be replaced: it holds nothing that was learned.
+        A run without a finished task, and without one in its middle, may be replaced: nothing was learned there.
 
         Raises:
-            RunError: It holds a finished task and `overwrite` is not given, or it holds something else.
+            RunError: It holds what was learned and `overwrite` is not given, or it holds something else.
         """
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if RunFolder.is_free(path):
             return
         if not (path / MANIFEST).is_file():
             raise RunError(f"{path}: exists and is no run folder. Choose another --output-dir.")
-        if RunFolder.open(path).tasks and not overwrite:
+        held = RunFolder.open(path)
+        if (held.tasks or held.states.holds_any()) and not overwrite:
             raise RunError(f"{path}: holds a run already. Add --resume to go on with it, or --overwrite.")
+
+    @staticmethod
+    def is_free(path: Path) -> bool:
+        """Return whether nothing is there, or just what is made before the first manifest."""
+        if not path.is_dir():
+            return not path.exists()
+        made = [place for place in path.iterdir() if place.name not in ("tasks", "shared", f".{MANIFEST}.tmp")]
+        return not made and not any(any((path / name).glob("*")) for name in ("tasks", "shared"))
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -124,6 +145,11 @@ class RunFolder:
         tasks: list[dict[str, Any]] = self.manifest["tasks"]
         return tasks
 
+    @property
+    def states(self) -> StateFolder:
+        """Where the training of the next task is kept in its middle."""
+        return StateFolder(self.path / STATE)
+
     def add_task(
         self,
         record: Mapping[str, Any],
@@ -140,6 +166,14 @@ class RunFolder:
         Raises:
             RunError: The disk has no room for it; the folder stays as it was.
         """
+        self.manifest = ranks.on_first(lambda: self._add(record, files, shared))
+
+    def _add(
+        self,
+        record: Mapping[str, Any],
+        files: Mapping[int, Mapping[str, Mapping[str, Tensor]]],
+        shared: Mapping[str, Tensor] | None,
+    ) -> dict[str, Any]:
         tasks = [dict(task) for task in self.tasks] + [{**record, "files": {}}]
         blobs: dict[str, bytes] = {}
         for index, parts in files.items():
@@ -149,7 +183,9 @@ class RunFolder:
                     entry = _blob(blobs, f"tasks/{index:04d}.{part}", tensors)
                     tasks[index]["files"][part] = entry
         for task in (tasks[index] for index in files):
-            task["bytes"] = {part: task["files"].get(part, {}).get("bytes", 0) for part in ("task", "head")}
+            sizes = {part: file["bytes"] for part, file in task["files"].items()}
+            answering = {part: sizes.pop(part, 0) for part in PARTS}
+            task["bytes"] = {**answering, "carried": sum(sizes.values())}
         manifest = {**self.manifest, "tasks": tasks}
         if shared:
             manifest["shared"] = _blob(blobs, "shared/all", shared)
@@ -158,10 +194,11 @@ class RunFolder:
             write_atomic(self.path / name, data)
         self._replace_manifest(manifest)
         self._sweep()
+        return manifest
 
     def update(self, **values: Any) -> None:
         """Set fields of the manifest and write it."""
-        self._replace_manifest({**self.manifest, **values})
+        self.manifest = ranks.on_first(lambda: self._replace_manifest({**self.manifest, **values}))
 
     def read(self, entry: Mapping[str, Any] | None, *, trust: bool = False) -> dict[str, Tensor]:
         """Return the tensors of one file entry of the manifest; an absent entry has none.
@@ -193,7 +230,12 @@ class RunFolder:
     def parts(self, index: int, *, trust: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return a task's tensors by part; see `read`."""
         files = self.tasks[index]["files"]
-        return {part: self.read(files.get(part), trust=trust) for part in ("task", "head")}
+        return {part: self.read(files.get(part), trust=trust) for part in PARTS}
+
+    def carried(self, index: int) -> dict[str, dict[str, Tensor]]:
+        """Return by name what a task left for the next one to be learned with; see `read`."""
+        files = self.tasks[index]["files"]
+        return {part: self.read(entry) for part, entry in files.items() if part not in PARTS}
 
     def changed_files(self) -> list[str]:
         """Return the files whose content is not what the manifest says."""
@@ -205,10 +247,11 @@ class RunFolder:
         file = self.path / str(entry["file"])
         return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
 
-    def _replace_manifest(self, manifest: dict[str, Any]) -> None:
+    def _replace_manifest(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write a manifest; what this object holds follows the disk, also when writing fails."""
         write_atomic(self.path / MANIFEST, json_bytes(manifest))
         self.manifest = manifest
+        return manifest
 
     def _require_room(self, size: int) -> None:
         free = shutil.disk_usage(self.path).free
@@ -229,7 +272,7 @@ class RunFolder:
 
 def _remove_run(path: Path) -> None:
     """Remove what a run writes, and nothing else that lies beside it."""
-    for name in ("tasks", "shared", "trainer", BANK):
+    for name in ("tasks", "shared", "trainer", STATE, BANK):
         if not (path / name).is_symlink():
             shutil.rmtree(path / name, ignore_errors=True)
     for name in (RESULTS, PICTURE, MANIFEST):

@@ -4,14 +4,23 @@ The Trainer hides a NaN loss (`logging_nan_inf_filter`) and trains on; whatever 
 noise. The gradients' norm shows it at the step, before the optimizer acts on it.
 """
 
+import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_cl import ranks
 from hf_cl.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
+SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+"""How `accelerate launch` says it to the processes that it starts."""
+PARALLEL = ("TP", "CP", "SP", "DP_SHARD")
 
 
 def require_finite(parameters: Iterable[nn.Parameter], step: int) -> None:
@@ -34,12 +43,50 @@ def require_finite(parameters: Iterable[nn.Parameter], step: int) -> None:
 def refuse_sharding(args: TrainingArguments) -> None:
     """Refuse backends that cut parameters into pieces: masks and owner maps are whole tensors.
 
+    Also where only the launcher asks for one: accelerate then ignores it on a CPU, and shards on a GPU.
+
     Raises:
-        ConfigError: DeepSpeed or FSDP is asked for.
+        ConfigError: DeepSpeed, FSDP, Megatron or tensor parallelism is asked for; or several GPUs in one process.
     """
-    for name, asked in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
-        if asked:
-            raise ConfigError(f"{name}: it shards parameters, and ownership is kept on whole ones. Use plain DDP.")
+    launched = {name for name in SHARDING if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")}
+    sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE") or 1) for name in PARALLEL]
+    asked = {
+        "deepspeed": args.deepspeed or "ACCELERATE_USE_DEEPSPEED" in launched,
+        "fsdp": args.fsdp or "ACCELERATE_USE_FSDP" in launched,
+        "megatron": "ACCELERATE_USE_MEGATRON_LM" in launched,
+        "parallelism_config (tensor, context or sequence parallelism)": args.parallelism_config or max(sizes) > 1,
+    }
+    for name in [name for name, found in asked.items() if found]:
+        raise ConfigError(
+            f"{name}: it shards parameters, and ownership is kept on whole ones. Use plain DDP, as in "
+            f"`torchrun --nproc_per_node N`; docs/launching.md has the launches."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process: the Trainer would use nn.DataParallel, whose replicas lack adapters. "
+            f"Start a process a GPU, `torchrun --nproc_per_node {args.n_gpu}`, or show one: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def keep_from_ddp(model: nn.Module, args: TrainingArguments, names: Iterable[str]) -> None:
+    """Have DDP leave buffers alone that are equal on all ranks by construction, before it wraps the model.
+
+    It would send them before each forward, and could not: no backend broadcasts int16, which owners are. It would also
+    make a rank that holds others look like rank 0. Where a user's arguments leave it on for the other buffers, warn.
+
+    Args:
+        model: What DDP will wrap.
+        args: The Trainer's.
+        names: Of its buffers.
+    """
+    if ranks.world() == 1:
+        return
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+    if args.ddp_broadcast_buffers is not False and ranks.rank() == 0:
+        logger.warning(
+            "ddp_broadcast_buffers is on: every forward sends rank 0's buffers to all, which costs time and hides a "
+            "rank that holds others. Masks, values and owners are left out. Set ddp_broadcast_buffers=False."
+        )
 
 
 def refuse_partial_push(args: TrainingArguments, adapter: str) -> None:

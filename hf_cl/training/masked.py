@@ -17,13 +17,15 @@ from hf_cl.layers.base import Base
 from hf_cl.layers.task_heads import load_exactly
 from hf_cl.masks.coding import decode, encode
 from hf_cl.ownership.digest import digest
+from hf_cl.training.collect import CollectCallback, RouterState
 from hf_cl.training.groups import parameter_groups
-from hf_cl.training.kkt_start import KKT
-from hf_cl.training.method import Method, Packed, Settled
+from hf_cl.training.kkt_start import KKT, start_from
+from hf_cl.training.method import Method, Packed, Settled, Tensors
 from hf_cl.training.ownership_callback import DENSITY_WARMUP, OwnershipCallback
 from hf_cl.tuner import MaskConfig, MaskModel
 
 KKT_MEAN = "kkt.mean"
+BEST = "best_of_phase."
 
 
 def adapter_of(index: int) -> str:
@@ -86,8 +88,11 @@ class Shelf(Protocol):
 class MaskedMethod(Method):
     """Learns every task as a masked adapter of one model."""
 
+    keeps_best = True
     shelf: Shelf | None = None
     """Where finished tasks are that are not loaded; see `keep_on`."""
+    routing: RouterState | None = None
+    """What routers know of the tasks, collected while they train; None collects nothing."""
 
     def __init__(
         self,
@@ -99,6 +104,7 @@ class MaskedMethod(Method):
         density_warmup: float = DENSITY_WARMUP,
         rates: Mapping[str, float | None] | None = None,
         kkt: KKT | None = None,
+        last_margin: float | None = None,
     ) -> None:
         """Wrap a base.
 
@@ -110,6 +116,7 @@ class MaskedMethod(Method):
             density_warmup: Share of those in which the mask grows to its density.
             rates: Learning rates of `scores`, `values`, `head`; None is the training arguments' own.
             kkt: The start; None begins fresh.
+            last_margin: Begin at the mask of the task before, whose scores then stand so far above fresh ones.
         """
         super().__init__(base)
         once = {name: value for name, value in (settled or {}).items() if name in ("target_modules", "scales")}
@@ -117,6 +124,7 @@ class MaskedMethod(Method):
         self.config.task_type = "SEQ_CLS"
         self.rates = {role: rate for role, rate in (rates or {}).items() if rate is not None}
         self.mask_share, self.density_warmup, self.kkt = mask_share, density_warmup, kkt
+        self.last_margin = last_margin
         if kkt is not None:
             kkt.finished = self
         self._model: PeftModel | None = None
@@ -149,7 +157,16 @@ class MaskedMethod(Method):
         """Add task number `index` as a new adapter."""
         config = replace(self.config, id2label=dict(enumerate(labels)), num_labels=len(labels), task_index=index)
         self._add(index, config)
+        source = self.bring(max(self.numbers())) if self._goes_on() else None
+        if source is not None:
+            start_from(self.tuner, adapter_of(index), source, self.last_margin or 0.0)
         self._model.set_adapter(adapter_of(index))  # type: ignore[union-attr]
+        if source is not None:
+            self.put_away()
+
+    def _goes_on(self) -> bool:
+        """Return whether a new task's mask begins as the last one's: whole at once, so it need not grow."""
+        return self.last_margin is not None and bool(self.numbers())
 
     def _add(self, index: int, config: MaskConfig) -> None:
         adapter = adapter_of(index)
@@ -193,6 +210,8 @@ class MaskedMethod(Method):
 
     def abandon(self, index: int) -> None:
         """Delete the unfinished adapter; the model of a first task is unwrapped."""
+        if self.routing is not None:
+            self.routing.leave_out(index)
         self._model = drop_adapter(self._model, adapter_of(index))
 
     def groups(self, args: TrainingArguments) -> list[dict[str, Any]]:
@@ -201,15 +220,43 @@ class MaskedMethod(Method):
         return parameter_groups(self.model.named_parameters(), rates, args.weight_decay)
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Return the ownership callback."""
+        """Return the ownership callback, and the one that collects what routers know where that is wanted."""
         self._callback = OwnershipCallback(
             str(self.tuner.active_adapters[0]),
             mask_share=self.mask_share,
-            density_warmup=self.density_warmup,
+            density_warmup=0.0 if self._goes_on() else self.density_warmup,
             learning_rates=self.rates,
             start=self.kkt,
         )
-        return [self._callback]
+        return [self._callback, *([CollectCallback(self.routing, self.kkt)] if self.routing is not None else [])]
+
+    def moving(self, index: int) -> Tensors:
+        """Return scores, values, head, threshold and bits, the best state so far, and KKT's mean feature."""
+        suffix = f".{adapter_of(index)}"
+        buffers = {name: tensor for name, tensor in self.model.named_buffers() if name.endswith(suffix)}
+        best = self._callback.best if self._callback is not None else {}
+        kept = {f"{BEST}{name}": tensor for name, tensor in best.items()}
+        return super().moving(index) | buffers | kept | self._start(index)
+
+    def set_moving(self, index: int, tensors: Tensors) -> None:
+        """Put them back, and compose the task's weights anew."""
+        best = {name: tensor for name, tensor in tensors.items() if name.startswith(BEST)}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in best and name != KKT_MEAN}
+        self.restore_extra(index, tensors)
+        if self._callback is not None:
+            self._callback.best = {name.removeprefix(BEST): tensor for name, tensor in best.items()}
+        held = {name: tensor for name, tensor in self.moving(index).items() if name not in best and name != KKT_MEAN}
+        load_exactly(held, rest, f"task {index}: what was kept of its training")
+        for layer in self.tuner.mask_layers():
+            layer.compose()
+
+    def resting(self) -> Collection[nn.Parameter]:
+        """Return the values in the mask phase, the scores after it; nothing where both train together."""
+        if self.config.joint:
+            return ()
+        adapter, layers = str(self.tuner.active_adapters[0]), self.tuner.mask_layers()
+        in_mask_phase = layers[0].live_mask is not None  # asking the threshold would wait for an accelerator
+        return [(layer.hfcl_values if in_mask_phase else layer.hfcl_scores)[adapter] for layer in layers]
 
     def commit(self, index: int) -> None:
         """Do nothing: the callback committed at the end of training."""
@@ -256,11 +303,25 @@ class MaskedMethod(Method):
             values = torch.cat([layer.hfcl_owned[adapter] for layer in layers])
             task["values"] = values.to(getattr(torch, self.config.values_dtype)).cpu()
         head = {name: tensor.detach().cpu() for name, tensor in self.tuner.own_tensors(adapter).items()}
-        return Packed(task, head | self.extra(index))
+        return Packed(task, head | self._start(index))
 
     def extra(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the mean base feature of the task's texts, where KKT has it."""
+        """Return the mean base feature of the task's texts, where KKT has it, and its class means for routers."""
+        known = self.routing.means.get(index) if self.routing is not None else None
+        return self._start(index) | (known.tensors() if known is not None else {})
+
+    def _start(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what a KKT start found; what routers know is found anew, and the same, when a task goes on."""
         return {KKT_MEAN: self.kkt.means[index]} if self.kkt is not None and index in self.kkt.means else {}
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """Return what routers know of all tasks together."""
+        return self.routing.tensors() if self.routing is not None else {}
+
+    def restore_shared(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take it back, to be grown."""
+        if self.routing is not None:
+            self.routing.restore(tensors)
 
     def restore_extra(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the mean base feature back."""

@@ -12,11 +12,13 @@ steps, so momentum, decay and Adam's step count do not move, and clipping never 
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hf_cl.errors import ConfigError, OwnershipError, TrainingError
 from hf_cl.layers.heads import PROBLEMS
@@ -30,9 +32,16 @@ from hf_cl.training.groups import (
     set_groups,
     set_schedule,
 )
-from hf_cl.training.guards import forget_preparation, refuse_partial_push, refuse_sharding, require_finite
+from hf_cl.training.guards import (
+    forget_preparation,
+    keep_from_ddp,
+    refuse_partial_push,
+    refuse_sharding,
+    require_finite,
+)
 from hf_cl.training.kkt_start import KKT, start_by_kkt
 from hf_cl.tuner.model import MaskModel
+from hf_cl.tuner.names import is_ours
 
 logger = logging.getLogger(__name__)
 DENSITY_WARMUP = 0.25
@@ -41,11 +50,12 @@ SCARCE = 0.1
 """Share of its budget under which a task's trainable entries are called scarce."""
 
 
-class OwnershipCallback(TrainerCallback):
+class OwnershipCallback(TrainerCallback, ExportableState):
     """Trains one masked adapter with the user's own Trainer and arguments.
 
     The Trainer loads a checkpoint's optimizer before any callback is asked. So to resume in the middle of a
-    task, make the optimizer over `parameter_groups` and pass it as `optimizers=`, as `train_task` does.
+    task, make the optimizer over `parameter_groups` and pass it as `optimizers=`, as `train_task` does. Under several
+    processes add `Agreement()` (hf_cl.training.agreement), which stops the job where ranks hold different bits.
 
     Example:
         >>> from transformers import Trainer
@@ -87,12 +97,41 @@ class OwnershipCallback(TrainerCallback):
         self._whole = False
         self._owned = ""
         self._parameters: dict[str, list[nn.Parameter]] = {}
-        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self.best: dict[str, Tensor] = {}
+        self._best_value: float | None = None
         self._checkpoint: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return, as JSON values, what a checkpoint needs besides tensors to go on exactly."""
+        args = {name: getattr(self, name) for name in ("adapter", "mask_share", "density_warmup", "learning_rates")}
+        choice = asdict(self.choice) if self.choice is not None else None
+        return {"args": args, "attributes": {"kept": [self._whole, self._best_value, choice]}}
+
+    def _go_on(self, state: TrainerState) -> None:
+        """Take back what `state` gave, out of a checkpoint.
+
+        Raises:
+            TrainingError: The checkpoint is of a training without this callback.
+        """
+        held = (state.stateful_callbacks or {}).get(type(self).__name__) or []
+        entries = held if isinstance(held, list) else [held]
+        kept = [entry["attributes"]["kept"] for entry in entries if entry["args"]["adapter"] == self.adapter]
+        if not kept:
+            raise TrainingError(
+                f"adapter {self.adapter!r}: the checkpoint at step {state.global_step} was saved without its "
+                f"OwnershipCallback, so how its mask had grown is not known. Train it from the start."
+            )
+        self._whole, best, choice = kept[0]
+        self._best_value = best if self.best else None  # the Trainer's own checkpoints do not hold its tensors
+        if choice is not None:  # JSON has no keys that are numbers
+            accuracies = {int(task): accuracy for task, accuracy in choice["accuracies"].items()}
+            self.choice = Choice(**{**choice, "accuracies": accuracies})
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make the Trainer prepare the model for itself, whatever an earlier one has made of it."""
-        forget_preparation(kwargs["model"])
+        model = kwargs["model"]
+        forget_preparation(model)
+        keep_from_ddp(model, args, (name for name, _ in model.named_buffers() if is_ours(name)))
         if args.torch_compile:  # every task adds graphs, and Dynamo gives up at eight
             torch.compiler.reset()
 
@@ -110,17 +149,17 @@ class OwnershipCallback(TrainerCallback):
         tuner = self._tuner(kwargs["model"])
         self._check(tuner, args)
         tuner.require_free(self.adapter)
-        self._best = self._checkpoint = None
+        self._checkpoint = None
         steps = state.max_steps
-        if steps < 2 and not self._mask_only(tuner):
+        if steps < 2 and not self._one_phase(tuner):
             raise ConfigError(f"max_steps: {steps} step has no room for a mask phase and a weight phase. Train longer.")
-        self._claim_step = steps if self._mask_only(tuner) else max(1, min(steps - 1, round(self.mask_share * steps)))
-        if self.start is not None and state.global_step == 0:
-            rate = self._rate("scores", args)
-            self.choice = start_by_kkt(tuner, self.adapter, kwargs["train_dataloader"], self.start, rate, args.device)
+        self._claim_step = steps if self._one_phase(tuner) else max(1, min(steps - 1, round(self.mask_share * steps)))
+        if state.global_step > 0:
+            self._go_on(state)
+        else:
+            self._begin(tuner, args, kwargs["train_dataloader"])
         # After the start, which loads and unloads tasks that lie on disk: the digest covers those that are loaded.
         self._owned = tuner.owned_digest(self._index(tuner))
-        self._whole = self._begins_whole(tuner, state.global_step)
         if tuner.phase(self.adapter) == "mask":
             tuner.refresh_masks(self.adapter, self._grown(state.global_step))
         self._parameters = {role: [] for role in ROLES}
@@ -129,6 +168,14 @@ class OwnershipCallback(TrainerCallback):
                 self._parameters[role_of(name)].append(parameter)
         self._take_over(kwargs["model"], args, steps, kwargs["optimizer"], kwargs["lr_scheduler"])
         self.facts = tuner.facts(self.adapter)
+
+    def _begin(self, tuner: MaskModel, args: TrainingArguments, dataloader: Any) -> None:
+        """Begin fresh or by KKT; what is an earlier task's mask is whole at once."""
+        self.best, self._best_value = {}, None
+        if self.start is not None:
+            rate = self._rate("scores", args)
+            self.choice = start_by_kkt(tuner, self.adapter, dataloader, self.start, rate, args.device)
+        self._whole = self.choice is not None and self.choice.source is not None
 
     def _tuner(self, model: Any) -> MaskModel:
         tuner = getattr(model, "base_model", None)
@@ -159,24 +206,15 @@ class OwnershipCallback(TrainerCallback):
                 f"adapter {self.adapter!r}: active is {', '.join(tuner.active_adapters) or 'none'}. "
                 f"Call model.set_adapter({self.adapter!r}) before the Trainer is made."
             )
-        trains = tuner.peft_config[self.adapter].trains
-        if (trains == "nothing") != (self.mask_share == 1.0):
+        config = tuner.peft_config[self.adapter]
+        if config.one_phase != (self.mask_share == 1.0):
             raise ConfigError(
-                f"adapter {self.adapter!r}: trains={trains!r} and mask_share={self.mask_share}. A mask alone has "
-                f"mask_share 1 and trains nothing; values need a mask_share below 1."
+                f"adapter {self.adapter!r}: trains={config.trains!r} and mask_share={self.mask_share}. A mask alone "
+                f"has mask_share 1 and trains nothing; values need a mask_share below 1, or `joint`."
             )
 
-    def _mask_only(self, tuner: MaskModel) -> bool:
-        return bool(tuner.peft_config[self.adapter].trains == "nothing")
-
-    def _begins_whole(self, tuner: MaskModel, step: int) -> bool:
-        """Return whether the mask began as an earlier task's: as KKT chose, or in the middle of a task by its size."""
-        if step == 0 or tuner.phase(self.adapter) != "mask":
-            return self.choice is not None and self.choice.source is not None
-        self._whole, layers = False, tuner.mask_layers()
-        count = sum(int(layer.mask(self.adapter).count_nonzero()) for layer in layers)
-        budget = sum(layer.budget(self.adapter) for layer in layers)
-        return abs(count - budget) < abs(count - self._grown(step) * budget)
+    def _one_phase(self, tuner: MaskModel) -> bool:
+        return bool(tuner.peft_config[self.adapter].one_phase)
 
     def _grown(self, step: int) -> float:
         """Return the share of its density that the mask has after `step` optimizer steps."""
@@ -208,7 +246,8 @@ class OwnershipCallback(TrainerCallback):
             set_groups(optimizer, parameter_groups(model.named_parameters(), rates, args.weight_decay))
         claim = self._claim_step
         both = [(0, claim), (claim, steps)] if claim < steps else [(0, steps)]
-        spans = {"scores": [(0, claim)], "values": both[1:], "head": both}
+        joint = self._tuner(model).peft_config[self.adapter].joint
+        spans = {"scores": [(0, claim)], "values": both if joint else both[1:], "head": both}
         set_schedule(optimizer, scheduler, {role: schedule(args, span) for role, span in spans.items()})
 
     # --- each step --------------------------------------------------------------------------------------
@@ -217,8 +256,9 @@ class OwnershipCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop at a non-finite gradient; drop what DDP may have filled in for the off phase."""
-        off = "values" if self._tuner(kwargs["model"]).phase(self.adapter) == "mask" else "scores"
-        for parameter in self._parameters[off]:
+        tuner = self._tuner(kwargs["model"])
+        off = "values" if tuner.phase(self.adapter) == "mask" else "scores"
+        for parameter in [] if tuner.peft_config[self.adapter].joint else self._parameters[off]:
             parameter.grad = None
         if not args.fp16:  # its scaler overflows on purpose, and skips the step itself
             require_finite((p for held in self._parameters.values() for p in held), state.global_step)
@@ -238,12 +278,12 @@ class OwnershipCallback(TrainerCallback):
         tuner = self._tuner(kwargs["model"])
         if tuner.phase(self.adapter) != "mask":
             return
-        if state.global_step < self._claim_step or self._mask_only(tuner):
+        if state.global_step < self._claim_step or self._one_phase(tuner):
             tuner.refresh_masks(self.adapter, self._grown(state.global_step))
             return
         opened = tuner.begin_weight_phase(self.adapter)
         self.facts = tuner.facts(self.adapter)
-        self._best, state.best_metric, self._checkpoint = None, None, None
+        self.best, self._best_value, state.best_metric, self._checkpoint = {}, None, None, None
         if opened == 0:
             logger.warning("%s: its mask holds no free entry, so nothing is left to train but its head.", self.adapter)
         elif self.facts["trainable_share"] < SCARCE:
@@ -274,15 +314,13 @@ class OwnershipCallback(TrainerCallback):
         if value is None:
             raise ConfigError(f"metric_for_best_model: {name!r} is not among {', '.join(kwargs['metrics'])}.")
         # While the mask still grows it is not the one that would be committed.
-        whole = self._mask_only(tuner) and self._grown(state.global_step) == 1
+        whole = self._one_phase(tuner) and self._grown(state.global_step) == 1
         if not (whole or tuner.phase(self.adapter) == "weight"):
             return
         better = value if args.greater_is_better else -value
-        if self._best is None or better > self._best[0]:
-            self._best = (
-                better,
-                {key: tensor.detach().clone() for key, tensor in self._training(kwargs["model"])},
-            )
+        if self._best_value is None or better > self._best_value:
+            self._best_value = better
+            self.best = {key: tensor.detach().clone() for key, tensor in self._training(kwargs["model"])}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hide the best checkpoint from the Trainer's end: it would load what lies at its top, an adapter `default`."""
@@ -316,16 +354,16 @@ class OwnershipCallback(TrainerCallback):
         model, tuner = kwargs["model"], self._tuner(kwargs["model"])
         if self._checkpoint is not None:
             state.best_model_checkpoint, self._checkpoint = self._checkpoint, None
-        if not self._mask_only(tuner) and tuner.phase(self.adapter) == "mask":
+        if not self._one_phase(tuner) and tuner.phase(self.adapter) == "mask":
             raise TrainingError(
                 f"adapter {self.adapter!r}: training stopped at step {state.global_step}, before its claim at step "
                 f"{self._claim_step}. Nothing is committed. Train longer, or lower `mask_share`."
             )
-        if self._best is not None:
+        if self.best:
             with torch.no_grad():
                 for name, tensor in self._training(model):
-                    tensor.copy_(self._best[1][name])
-            self._best = None
+                    tensor.copy_(self.best[name])
+            self.best, self._best_value = {}, None
         self.facts = tuner.facts(self.adapter)
         tuner.commit(self.adapter)
         self.facts |= tuner.facts(self.adapter) | {"trainable_share": self.facts["trainable_share"]}

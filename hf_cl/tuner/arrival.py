@@ -80,7 +80,8 @@ def check_arriving(layer: Any, adapter: str, tensors: Mapping[str, Tensor]) -> N
         expected |= {"hfcl_values": (0,), "hfcl_where": (-(-kept // 8),), "hfcl_inherited": (kept - own,)}
         expected |= {"hfcl_owned": (own if trained else 0,)}
     else:
-        expected |= {"hfcl_scores": tuple(weight.shape), "hfcl_values": (count,), "hfcl_where": (32,)}
+        values = tuple(weight.shape) if layer.configs[adapter].joint else (count,)
+        expected |= {"hfcl_scores": tuple(weight.shape), "hfcl_values": values, "hfcl_where": (32,)}
     wrong = [f"{name} {sizes[name]} instead of {shape}" for name, shape in expected.items() if sizes[name] != shape]
     if wrong:
         raise OwnershipError(

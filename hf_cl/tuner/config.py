@@ -77,7 +77,15 @@ class MaskConfig(PeftConfig):
         default="nothing",
         metadata={"help": "nothing, claimed (ExSSNeT) or mask (SSNet): the values that train."},
     )
+    joint: bool = field(
+        default=False, metadata={"help": "Train scores and values in the same steps (WSN); trains is then claimed."}
+    )
     free_topk: bool = field(default=False, metadata={"help": "Take the whole budget from free entries."})
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Keep what scores above this, however many that is (Piggyback); none: `density` counts."},
+    )
+    first_score: float = field(default=0.0, metadata={"help": "With a threshold: every score's start."})
     values_dtype: str = field(default="bfloat16", metadata={"help": "What trained values are rounded to at commit."})
     train_norms: bool = field(default=False, metadata={"help": "Give the task its own copies of the norms."})
     seed: int = field(default=0, metadata={"help": "Seed of the store's signs, scores and heads."})
@@ -142,8 +150,7 @@ class MaskConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(filter(None, known))}.")
-        if self.free_topk and self.trains != "claimed":
-            raise ConfigError(f"free_topk: asks for free entries to train, but trains is {self.trains!r}.")
+        self._require_that_they_agree()
         if self.scale is not None and not self.scale > 0:
             raise ConfigError(f"scale: expected a number above 0, found {self.scale!r}.")
         if self.id2label is not None:
@@ -156,6 +163,18 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, set | tuple):
                 setattr(self, name, sorted(value))
+
+    def _require_that_they_agree(self) -> None:
+        """Refuse ways to train that exclude each other."""
+        if self.free_topk and self.trains != "claimed":
+            raise ConfigError(f"free_topk: asks for free entries to train, but trains is {self.trains!r}.")
+        if self.joint and self.trains != "claimed":
+            raise ConfigError(f"joint: trains values with the mask, but trains is {self.trains!r}. Use 'claimed'.")
+        if self.threshold is not None and (self.trains != "nothing" or self.rank != "signed" or self.density != 1):
+            raise ConfigError(
+                f"threshold: keeps any number of signed scores and trains nothing else; found density {self.density}, "
+                f"rank {self.rank!r}, trains {self.trains!r}. Use density 1, rank 'signed', trains 'nothing'."
+            )
 
     @classmethod
     def from_loading_info(cls, info: Mapping[str, Iterable[object]], **options: Any) -> "MaskConfig":
@@ -201,6 +220,11 @@ class MaskConfig(PeftConfig):
         self.tensors_digest = None  # of the file; what is in memory moves on
         if self.saved_as is not None:
             write_cards(self, Path(save_directory), self.saved_as)
+
+    @property
+    def one_phase(self) -> bool:
+        """Whether the mask trains to the last step: alone, or together with its values."""
+        return self.trains == "nothing" or self.joint
 
     @property
     def problem(self) -> str:

@@ -12,6 +12,7 @@ from hf_cl.ownership.digest import digest
 from hf_cl.ownership.owner import FREE
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer import MaskLinear
+from hf_cl.tuner.names import is_ours
 from hf_cl.tuner.own_layer import OwnLayer
 
 
@@ -119,10 +120,8 @@ class KnownTasks(BaseTuner):
         # While a task is merged, the base's own weights stand beside it.
         kept = {id(layer.base_layer.weight): layer.base_weight for layer in self.mask_layers()}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            parts = name.split(".")
-            plain = ".".join(part for part in parts if part != "base_layer")
-            ours = any(part.startswith("hfcl_") or part in ("store", "live_mask", "pretrained") for part in parts)
-            if not ours and not plain.startswith(head):
+            plain = ".".join(part for part in name.split(".") if part != "base_layer")
+            if not is_ours(name) and not plain.startswith(head):
                 found[plain] = kept.get(id(tensor), tensor)
         yield from ((name, found[name]) for name in sorted(found))
 

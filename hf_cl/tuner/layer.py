@@ -4,8 +4,8 @@ Its weight is composed between steps and kept until the task or its mask changes
 nothing, however often it reads the layer (ALBERT's shared layers, checkpointing). What a layer of n entries
 keeps: the base's weight, the composed one in the same dtype, V in float32, owners in int16; 14 n bytes with a
 base in float32. A committed task adds n/8 bytes and its values; a training one 4 n for its scores and n for
-its mask, and what the optimizer adds for the scores. The positions of a sparse finished mask are kept too, once it
-was active: switching to it then reads no bits.
+its mask (4 n more for values that train with it), and what the optimizer adds for these. The positions of a sparse
+finished mask are kept too, once it was active: switching to it then reads no bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from hf_cl.errors import ConfigError, OwnershipError
 from hf_cl.layers.linear import Linear, apply_weight
-from hf_cl.masks.compose import TrainedWeight
+from hf_cl.masks.compose import JointWeight, TrainedWeight
+from hf_cl.ownership.owner import FREE
 from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer_tasks import LayerTasks
+from hf_cl.tuner.rows import Plan
 
 SPARSE_BELOW = 32
 """A finished task's positions are kept where its mask has fewer than one of so many entries: twice its bits at most."""
@@ -41,6 +43,7 @@ class MaskLinear(LayerTasks):
         self._lacking = False
         # By finished task: its bits, their version, and the entries they stand for. Derived, like the composed weight.
         self._shown: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self.plan: Plan | None = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active and compose its weight; a committed one never trains again.
@@ -91,6 +94,7 @@ class MaskLinear(LayerTasks):
         """Follow the model to another device; what is derived is derived there."""
         super()._apply(fn, recurse)
         self._shown.clear()
+        self._parts.clear()
         if self._where is not None:
             self.compose()
         return self
@@ -115,7 +119,7 @@ class MaskLinear(LayerTasks):
             self.store.show_at(weight, self._kept(adapter))
             return
         mask = self.mask(adapter)
-        self.store.show(weight, mask)
+        self.store.show(weight, mask, self.read_values(adapter))
         self._lacking = not torch.equal(self.hfcl_where[adapter].cpu(), self.owners_digest())
         self.live_mask = mask if phase == "mask" else None
         if phase == "weight":
@@ -137,6 +141,8 @@ class MaskLinear(LayerTasks):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active adapter's weight; x of shape (..., in) gives (..., out)."""
+        if self.plan is not None and not self.disable_adapters:
+            return self.plan.linear(self, x)
         layer, adapter = self.base_layer, self._adapter()
         if self.merged and self.disable_adapters:
             self.unmerge()
@@ -151,11 +157,20 @@ class MaskLinear(LayerTasks):
         scores, values = self.hfcl_scores[adapter], self.hfcl_values[adapter]
         if self._where is not None and not torch.compiler.is_compiling():
             self._write_if_moved(values)
-        if torch.is_grad_enabled() and scores.requires_grad:
+        trains = torch.is_grad_enabled() and scores.requires_grad
+        if trains and self.live_mask is not None and self.is_joint(adapter):
+            own = self.live_mask & (self.store.owner == FREE)
+            weight = JointWeight.apply(scores, values, weight, self.read_values(adapter), own, self.magnitude(adapter))
+        elif trains:
             weight = TrainedWeight.apply(
                 scores, values, weight, self.store.values, self._where, self.magnitude(adapter)
             )
         return apply_weight(layer, x, weight)
+
+    def common(self, x: Tensor) -> Tensor:
+        """Return `x A^T + b`, which all tasks share; A is the base's weight with `delta`, else 0."""
+        weight = self.base_weight if self.store.delta else torch.zeros_like(self.base_weight)
+        return apply_weight(self.base_layer, x, weight)
 
     def _write_if_moved(self, values: Tensor) -> None:
         """Write the vector where torch says that it moved: for training loops that do not call `write_values`."""

@@ -9,6 +9,8 @@ checkpoint needs no other state:
 
 The vector is registered with the scores, before an optimizer exists, at the mask's kept count, which is
 known before the mask is; its positions are filled in at the claim and cells beyond them never move.
+Where values train with the mask (`joint`) there is no weight phase: which entries they are changes from step to step,
+so they are a private tensor of the weight's shape, read at free entries alone.
 
 Source: ExSSNeT, arXiv 2210.10209; the layout is ours.
 """
@@ -23,13 +25,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_cl.errors import OwnershipError
 from hf_cl.layers.heads import task_generator
 from hf_cl.layers.linear import Linear, fan_in
+from hf_cl.layers.sparse import compressed
 from hf_cl.layers.store import MaskStore
 from hf_cl.masks.bits import pack, unpack
-from hf_cl.masks.compose import layer_scale
+from hf_cl.masks.compose import layer_scale, pick, positions
 from hf_cl.masks.select import kept_count, topk_mask
 from hf_cl.masks.values import round_values
 from hf_cl.ownership.digest import digest
@@ -74,6 +78,8 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         # Finished tasks that are not loaded here and own entries all the same, and whether they trained values.
         self.elsewhere: dict[int, bool] = {}
         self._overwritten: tuple[str, Tensor, Tensor] | None = None
+        # Of finished tasks that were answered in mixed batches: what they add to the base's weight.
+        self._parts: dict[str, Tensor] = {}
         self.register_load_state_dict_pre_hook(make_room)
         self.register_load_state_dict_post_hook(install_arrived)
 
@@ -99,11 +105,13 @@ class LayerTasks(nn.Module, BaseTunerLayer):
                 parameters[adapter] = nn.Parameter(empty.clone(), requires_grad=False)
         else:
             self.hfcl_scores[adapter] = nn.Parameter(self.first_scores(adapter))
-            self.hfcl_values[adapter] = nn.Parameter(torch.zeros(self.count(adapter), device=weight.device))
+            values = self.store.values.clone() if config.joint else torch.zeros(self.count(adapter)).to(weight.device)
+            self.hfcl_values[adapter] = nn.Parameter(values)
         self.hfcl_bits[adapter] = torch.zeros(-(-size // 8), dtype=torch.uint8, device=weight.device)
         self.hfcl_owned[adapter], self.hfcl_inherited[adapter] = empty.clone(), empty.clone()
         self.hfcl_where[adapter] = self.owners_digest()
-        self.hfcl_threshold[adapter] = torch.full((1,), math.nan, device=weight.device)
+        threshold = math.nan if config.threshold is None else config.threshold
+        self.hfcl_threshold[adapter] = torch.full((1,), threshold, device=weight.device)
 
     def owners_digest(self) -> Tensor:
         """Return the sha256 of which entries are owned: an unfinished task is right only beside the same tasks."""
@@ -114,9 +122,11 @@ class LayerTasks(nn.Module, BaseTunerLayer):
     def first_scores(self, adapter: str) -> Tensor:
         """Return the scores a task begins with, a function of seed, task and layer.
 
-        Float32: near zero where the sign ranks, else uniform in +-1/sqrt(fan_in).
+        Float32: near zero where the sign ranks, else uniform in +-1/sqrt(fan_in); one number for a fixed threshold.
         """
         config, weight = self.configs[adapter], self.base_layer.weight
+        if config.threshold is not None:
+            return torch.full(weight.shape, config.first_score, device=weight.device)
         generator = task_generator(config.seed, int(config.task_index or 0), self.path)
         scores = torch.empty(weight.shape)
         if config.rank == "magnitude":
@@ -160,16 +170,42 @@ class LayerTasks(nn.Module, BaseTunerLayer):
             return self.exact_mask(adapter) if bool(threshold.isnan()) else self.ranked(adapter) > threshold
         return unpack(self.hfcl_bits[adapter], self.base_layer.weight.shape)
 
+    def is_joint(self, adapter: str) -> bool:
+        """Return whether the adapter trains values and mask in the same steps, now."""
+        return self.configs[adapter].joint and self.phase(adapter) == "mask"
+
+    def read_values(self, adapter: str) -> Tensor:
+        """Return V as the adapter reads it: the store's, and its own at free entries where those train already."""
+        if not self.is_joint(adapter):
+            return self.store.values
+        return self.hfcl_values[adapter].detach().where(self.store.owner == FREE, self.store.values)
+
     def trainable(self, adapter: str, mask: Tensor) -> Tensor:
         """Return the flat positions of the entries whose values the task trains."""
         own = mask if self.configs[adapter].trains == "mask" else mask & (self.store.owner == FREE)
         return own.view(-1).nonzero().squeeze(1)
 
+    def part(self, adapter: str) -> Tensor:
+        """Return what a finished task adds to A, a CSR matrix (out, in); made once, then kept.
+
+        Its values are those by which the composed weight differs from A, so that both are one network.
+        """
+        if adapter not in self._parts:
+            weight = self.base_weight
+            where = positions(self.mask(adapter).view(-1))
+            base = self.store.base_at(weight, where)
+            values = (base + pick(self.store.values, where)).to(weight.dtype).float() - base
+            shape = (weight.shape[0], weight.shape[1])
+            self._parts[adapter] = compressed(where, values, shape, transposed=isinstance(self.base_layer, Conv1D))
+        return self._parts[adapter]
+
     # --- claim and commit -------------------------------------------------------------------------
 
     def exact_mask(self, adapter: str) -> Tensor:
-        """Return the mask the scores stand for: exactly the budget, ties by index."""
+        """Return the mask the scores stand for: exactly the budget, ties by index; or what exceeds its threshold."""
         ranked, budget = self.ranked(adapter), self.budget(adapter)
+        if self.configs[adapter].threshold is not None:
+            return ranked > self.hfcl_threshold[adapter]
         return topk_mask(ranked, budget) if budget else torch.zeros_like(ranked, dtype=torch.bool)
 
     def begin_weight_phase(self, adapter: str) -> int:
@@ -186,13 +222,12 @@ class LayerTasks(nn.Module, BaseTunerLayer):
     def commit(self, adapter: str) -> None:
         """Claim the free entries of the mask, round what was trained, and drop what trained it."""
         config, trained = self.configs[adapter], None
-        if self.phase(adapter) == "mask":
-            mask = self.exact_mask(adapter)
-            self.hfcl_bits[adapter] = pack(mask)
-        else:
-            mask = self.mask(adapter)
+        in_mask_phase, held = self.phase(adapter) == "mask", self.hfcl_values[adapter].detach()
+        mask = self.exact_mask(adapter) if in_mask_phase else self.mask(adapter)
+        self.hfcl_bits[adapter] = pack(mask)
+        if config.joint or not in_mask_phase:
             where = self.trainable(adapter, mask)
-            values = self.hfcl_values[adapter].detach()[: where.shape[0]]
+            values = held.view(-1)[where] if config.joint else held[: where.shape[0]]
             trained = round_values(values, where, mask.shape[1], config.values_dtype)
             if config.trains == "mask":
                 self._overwritten = (adapter, where, self.store.values.view(-1)[where])
@@ -253,6 +288,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
 
     def save_values(self, adapter: str, trained: bool) -> None:
         """Copy the values at a finished task's entries from the store into what is saved with the adapter."""
+        self._parts.pop(adapter, None)
         mask = self.mask(adapter)
         own = self.own(adapter)
         values = self.store.values[mask]
@@ -267,6 +303,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop a task: what no other task reads is free again at its start value, the rest stays as it is."""
         config = self.configs.pop(adapter_name, None)
+        self._parts.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         if config is not None:
             with self.owners_change():

@@ -20,6 +20,7 @@ from hf_cl.tuner.injection import Injection
 from hf_cl.tuner.layer import MaskLinear
 from hf_cl.tuner.mixed import run_mixed
 from hf_cl.tuner.names import BASE
+from hf_cl.tuner.rows import Plan
 
 
 class MaskModel(Injection):
@@ -27,6 +28,10 @@ class MaskModel(Injection):
 
     # Adapters of one bank read one store: transformers' own adapter loading would drop it without a word.
     uses_shared_state = True
+
+    share_products = True
+    """Whether the tasks of a mixed batch share the products with the base's weight; False answers each task apart, with
+    the bits of a batch of its rows alone."""
 
     # --- one adapter's file -----------------------------------------------------------------------
 
@@ -185,6 +190,19 @@ class MaskModel(Injection):
             yield
 
     @contextmanager
+    def planned(self, plan: Plan) -> Iterator[None]:
+        """Let a plan say inside the context which task each row belongs to; what trains and who is active stays."""
+        layers = self._tuner_layers()
+        held = [layer.plan for layer in layers]
+        for layer in layers:
+            layer.plan = plan
+        try:
+            yield
+        finally:
+            for layer, before in zip(layers, held, strict=True):
+                layer.plan = before
+
+    @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Answer a batch whose rows belong to several tasks: `adapter_names`, one a row, or `__base__`.
 
@@ -229,6 +247,10 @@ class MaskModel(Injection):
             share: Of its budget that the mask keeps now; at least one entry a layer.
         """
         layers = self.mask_layers()
+        if self.peft_config[adapter].threshold is not None:
+            for layer in layers:
+                layer.compose()
+            return 0
         budgets = [layer.budget(adapter) for layer in layers]
         thresholds = torch.cat([layer.hfcl_threshold[adapter] for layer in layers])
         masks = [layer.live_mask for layer in layers if layer.live_mask is not None]
@@ -240,7 +262,7 @@ class MaskModel(Injection):
         )
         for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
             layer.hfcl_threshold[adapter].copy_(threshold)
-            layer.store.show(layer.base_layer.weight, mask)
+            layer.store.show(layer.base_layer.weight, mask, layer.read_values(adapter))
         return renewed
 
     def begin_weight_phase(self, adapter: str) -> int:

@@ -1,4 +1,7 @@
-"""Which adapter names are possible: a name becomes a key in torch's containers and a folder on disk."""
+"""Which adapter names are possible, and which tensor names are ours.
+
+An adapter's name becomes a key in torch's containers and a folder on disk.
+"""
 
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
@@ -10,6 +13,11 @@ BASE = "__base__"
 _SEPARATORS = "./\\:"
 _TAKEN = {BASE, *dir(nn.ModuleDict()), *dir(nn.ParameterDict()), *dir(BufferDict())}
 """Names of the containers' own methods; torch cannot keep a tensor under them."""
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a tensor of a masked model is not the base's: a task's, the store's, or a weight kept aside."""
+    return any(part.startswith("hfcl_") or part in ("store", "live_mask", "pretrained") for part in name.split("."))
 
 
 def require_name(adapter: str) -> None:

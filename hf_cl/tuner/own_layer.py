@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_cl.layers.heads import run_copy, task_copy, task_generator
 from hf_cl.tuner.config import MaskConfig
+from hf_cl.tuner.rows import Plan
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):
@@ -34,6 +35,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.pretrained: nn.Module | None = None
         self.finished: set[str] = set()
         self._added: dict[str, list[int]] = {}
+        self.plan: Plan | None = None
 
     def add(self, adapter: str, config: MaskConfig, std: float, *, is_output: bool, head_of: str | None) -> None:
         """Register a new task's copy: a fresh linear, a norm as the base has it, or an earlier task's head.
@@ -126,10 +128,19 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         """Apply the active copy, in its own dtype; the result has the input's."""
         if self.merged and self.disable_adapters:
             self.unmerge()
+        if self.plan is not None and not self.disable_adapters:
+            return self.plan.own(self, x)
         names = self._names()
         if self.disable_adapters or self.merged or not names or names[0] not in self.hfcl_copy:
             return self.base_layer(x, *args, **kwargs)
-        out = run_copy(self.hfcl_copy[names[0]], x)
+        return self.run(names[0], x)
+
+    def run(self, adapter: str | None, x: Tensor) -> Tensor:
+        """Apply an adapter's copy; None applies the base's own."""
+        if adapter is None:
+            out: Tensor = self.base_layer(x)
+            return out
+        out = run_copy(self.hfcl_copy[adapter], x)
         return out.to(x.dtype) if self.is_norm else out
 
 
