@@ -73,13 +73,13 @@ def rows(count=5):
     return torch.randint(50, (count, 7), generator=torch.Generator().manual_seed(9))
 
 
-def logits(model, adapter=None):
+def logits(model, adapter=None, **more):
     if adapter is not None:
         model.set_adapter(adapter)
     ids = rows()
     model.eval()
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
 
 def move(model, adapter, seed=3):

@@ -134,15 +134,15 @@ def test_what_a_task_keeps_for_it_is_sparse_and_goes_with_it(base_folder, tmp_pa
     answers(bank, model, batch(), ROWS, shared=True)
     layers = model.base_model.mask_layers()
     for layer in layers:
-        assert sorted(layer._parts) == [f"task{index}" for index in range(3)]
-        for adapter, part in layer._parts.items():
-            kept = layer.count(adapter)
+        assert sorted(layer._derived) == [f"task{index}" for index in range(3)]
+        for adapter, (_, derived) in layer._derived.items():
+            kept, part = layer.count(adapter), derived["part"]
             assert part.values().shape == (kept,)
             held = sum(tensor.nbytes for tensor in (part.values(), part.col_indices(), part.crow_indices()))
             assert held == 8 * kept + 4 * (part.shape[0] + 1)
     bank.activate(model, "food")
     bank.detach(model, "pets")
-    assert all("task0" not in layer._parts for layer in layers)
+    assert all("task0" not in layer._derived for layer in layers)
 
 
 def test_a_task_that_is_read_again_is_the_same_task(base_folder, tmp_path):

@@ -460,14 +460,21 @@ def test_a_finished_task_is_shown_by_its_bits_whatever_was_kept_of_them(one, den
             drawn = torch.rand(layer.base_layer.weight.shape, generator=torch.Generator().manual_seed(seed))
             layer.install(name, drawn < density, None)
     before = {name: logits(model, name) for name in ("news", "other", "news", "other")}
-    assert {bool(layer._shown) for layer in tuner.mask_layers()} == {density == 0.02}
+    assert {"entries" in layer.derived("news") for layer in tuner.mask_layers()} == {density == 0.02}
+    mixed = {"adapter_names": ["news", "other"] * 2 + ["news"]}
+    together = logits(model, **mixed)
     layer = tuner.mask_layers()[0]
     layer.hfcl_bits["news"].bitwise_not_()
     moved = logits(model, "news")
     assert not torch.equal(moved, before["news"])
+    assert not torch.equal(logits(model, **mixed), together)
     layer.hfcl_bits["news"] = layer.hfcl_bits["news"].bitwise_not()
     assert torch.equal(logits(model, "news"), before["news"])
+    layer.store.values.neg_()
+    assert not torch.equal(logits(model, **mixed), together)
+    layer.store.values.neg_()
+    assert torch.equal(logits(model, **mixed), together)
     model.set_adapter("other")
     model.delete_adapter("news")
-    assert not any("news" in layer._shown for layer in tuner.mask_layers())
+    assert not any("news" in layer._derived for layer in tuner.mask_layers())
     assert torch.equal(logits(model, "other"), before["other"])

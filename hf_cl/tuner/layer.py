@@ -23,9 +23,6 @@ from hf_cl.tuner.config import MaskConfig
 from hf_cl.tuner.layer_tasks import LayerTasks
 from hf_cl.tuner.rows import Plan
 
-SPARSE_BELOW = 32
-"""A finished task's positions are kept where its mask has fewer than one of so many entries: twice its bits at most."""
-
 
 class MaskLinear(LayerTasks):
     """A linear whose weight is `A + M * V`, with the mask M of the active adapter."""
@@ -41,8 +38,6 @@ class MaskLinear(LayerTasks):
         self._start: Tensor | None = None
         self._seen = (-1, -1)
         self._lacking = False
-        # By finished task: its bits, their version, and the entries they stand for. Derived, like the composed weight.
-        self._shown: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.plan: Plan | None = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -57,11 +52,6 @@ class MaskLinear(LayerTasks):
         super().set_adapter(names, inference_mode=inference_mode)
         self._freeze_finished()
         self.compose()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Drop a task; see `LayerTasks.delete_adapter`."""
-        self._shown.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
 
     def _adapter(self) -> str | None:
         names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
@@ -93,8 +83,7 @@ class MaskLinear(LayerTasks):
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskLinear":
         """Follow the model to another device; what is derived is derived there."""
         super()._apply(fn, recurse)
-        self._shown.clear()
-        self._parts.clear()
+        self._derived.clear()
         if self._where is not None:
             self.compose()
         return self
@@ -116,7 +105,7 @@ class MaskLinear(LayerTasks):
         phase = self.phase(adapter)
         if phase == "committed":
             self._lacking, self.live_mask = False, None
-            self.store.show_at(weight, self._kept(adapter))
+            self.store.show_at(weight, self.entries(adapter))
             return
         mask = self.mask(adapter)
         self.store.show(weight, mask, self.read_values(adapter))
@@ -127,17 +116,6 @@ class MaskLinear(LayerTasks):
             self._start = self.store.base_at(weight, self._where)
             self._seen = (-1, -1)
             self.write_values()
-
-    def _kept(self, adapter: str) -> Tensor:
-        """Return what the store shows of a finished task: the positions of its mask, found once while it is sparse."""
-        bits = self.hfcl_bits[adapter]
-        held = self._shown.get(adapter)
-        if held is not None and held[0] is bits and held[1] == bits._version:
-            return held[2]
-        entries = self.store.entries(self.mask(adapter))
-        if entries.shape[0] * SPARSE_BELOW < self.base_weight.numel() and not bits.is_inference():
-            self._shown[adapter] = (bits, bits._version, entries)
-        return entries
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active adapter's weight; x of shape (..., in) gives (..., out)."""

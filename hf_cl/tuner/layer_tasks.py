@@ -43,6 +43,8 @@ from hf_cl.tuner.config import MaskConfig
 
 SCORE_STD = 1e-4
 """Signed scores begin near zero, well below one learning-rate step: the first gradients decide."""
+SPARSE_BELOW = 32
+"""A finished task's positions are kept where its mask has fewer than one of so many entries: twice its bits at most."""
 Phase = Literal["mask", "weight", "committed"]
 
 
@@ -78,8 +80,8 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         # Finished tasks that are not loaded here and own entries all the same, and whether they trained values.
         self.elsewhere: dict[int, bool] = {}
         self._overwritten: tuple[str, Tensor, Tensor] | None = None
-        # Of finished tasks that were answered in mixed batches: what they add to the base's weight.
-        self._parts: dict[str, Tensor] = {}
+        # By finished task: the bits and versions that it was made of, and what `derived` holds. Never saved.
+        self._derived: dict[str, tuple[tuple[Tensor, int, int], dict[str, Tensor]]] = {}
         self.register_load_state_dict_pre_hook(make_room)
         self.register_load_state_dict_post_hook(install_arrived)
 
@@ -185,19 +187,41 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         own = mask if self.configs[adapter].trains == "mask" else mask & (self.store.owner == FREE)
         return own.view(-1).nonzero().squeeze(1)
 
+    def derived(self, adapter: str) -> dict[str, Tensor]:
+        """Return what was made of a finished task's bits and of V, to keep more in; empty once one has moved."""
+        bits, values = self.hfcl_bits[adapter], self.store.values
+        if bits.is_inference() or values.is_inference():  # these have no versions
+            return {}
+        made = (bits, bits._version, values._version)
+        held = self._derived.get(adapter)
+        if held is None or held[0][0] is not bits or held[0][1:] != made[1:]:
+            held = self._derived[adapter] = (made, {})
+        return held[1]
+
+    def entries(self, adapter: str) -> Tensor:
+        """Return a finished task's mask as the store shows it, see `MaskStore.entries`; kept while it is sparse."""
+        derived = self.derived(adapter)
+        if "entries" in derived:
+            return derived["entries"]
+        entries = self.store.entries(self.mask(adapter))
+        if entries.shape[0] * SPARSE_BELOW < self.base_weight.numel():
+            derived["entries"] = entries
+        return entries
+
     def part(self, adapter: str) -> Tensor:
         """Return what a finished task adds to A, a CSR matrix (out, in); made once, then kept.
 
         Its values are those by which the composed weight differs from A, so that both are one network.
         """
-        if adapter not in self._parts:
-            weight = self.base_weight
-            where = positions(self.mask(adapter).view(-1))
+        derived = self.derived(adapter)
+        if "part" not in derived:
+            weight, entries = self.base_weight, self.entries(adapter)
+            where = positions(entries) if entries.dtype == torch.bool else entries
             base = self.store.base_at(weight, where)
             values = (base + pick(self.store.values, where)).to(weight.dtype).float() - base
             shape = (weight.shape[0], weight.shape[1])
-            self._parts[adapter] = compressed(where, values, shape, transposed=isinstance(self.base_layer, Conv1D))
-        return self._parts[adapter]
+            derived["part"] = compressed(where, values, shape, transposed=isinstance(self.base_layer, Conv1D))
+        return derived["part"]
 
     # --- claim and commit -------------------------------------------------------------------------
 
@@ -288,7 +312,6 @@ class LayerTasks(nn.Module, BaseTunerLayer):
 
     def save_values(self, adapter: str, trained: bool) -> None:
         """Copy the values at a finished task's entries from the store into what is saved with the adapter."""
-        self._parts.pop(adapter, None)
         mask = self.mask(adapter)
         own = self.own(adapter)
         values = self.store.values[mask]
@@ -303,7 +326,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop a task: what no other task reads is free again at its start value, the rest stays as it is."""
         config = self.configs.pop(adapter_name, None)
-        self._parts.pop(adapter_name, None)
+        self._derived.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         if config is not None:
             with self.owners_change():
