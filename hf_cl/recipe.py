@@ -85,9 +85,9 @@ class Checked:
     training: dict[str, Any]
     max_length: int
     tuning: dict[str, list[Any]]
-    evaluate: str = EVALUATE[0]
-    check_steps: int = 100
-    routing: int = 1024
+    evaluate: str
+    check_steps: int
+    routing: int
 
 
 def find(recipe: str) -> Path:

@@ -98,7 +98,9 @@ def run_stream(
     _require_shared(folder)
     with listening() as request:
         _learn(folder, learner, tasks, request, progress)
-    return _finish(folder, learner, tuning, spent, began)
+    if not all(record["name"] in learner.correct for record in learner.learned):
+        learner.evaluate()  # resumed after its last task
+    return ranks.on_first(lambda: _finish(folder, learner, tuning, spent, began))
 
 
 def _silent(line: str) -> None:
@@ -177,18 +179,6 @@ def _go_on(folder: RunFolder, learner: ContinualLearner, bank: MaskBank | None) 
 
 
 def _finish(
-    folder: RunFolder,
-    learner: ContinualLearner,
-    tuning: Mapping[str, Any] | None,
-    seconds: Mapping[str, float],
-    began: float,
-) -> dict[str, Any]:
-    if not all(record["name"] in learner.correct for record in learner.learned):
-        learner.evaluate()  # resumed after its last task
-    return ranks.on_first(lambda: _results(folder, learner, tuning, seconds, began))
-
-
-def _results(
     folder: RunFolder,
     learner: ContinualLearner,
     tuning: Mapping[str, Any] | None,

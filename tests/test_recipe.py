@@ -63,6 +63,14 @@ def test_without_max_length_a_text_has_128_tokens(file):
     assert load(file(training={})).max_length == 128
 
 
+def test_the_defaults_of_a_recipe_are_those_of_the_code_that_it_names(file):
+    from hf_cl.training.agreement import CHECK_STEPS
+    from hf_cl.training.collect import TEXTS
+
+    checked = load(file())
+    assert (checked.check_steps, checked.routing) == (CHECK_STEPS, TEXTS)
+
+
 def test_a_missing_recipe_proposes_a_shipped_one():
     with pytest.raises(ConfigError, match=r"recipe 'quikstart': no such file.* Did you mean 'quickstart'\?"):
         find("quikstart")

@@ -205,7 +205,7 @@ def test_a_record_that_is_no_json_leaves_the_folder_as_it_was(folder):
 def test_saving_on_a_full_disk_is_refused_before_a_byte_is_written(folder, monkeypatch):
     before = files(folder.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 90, 10))
-    with pytest.raises(RunError, match=r"run: saving needs [\d,]+ bytes, 10 are free.*--resume"):
+    with pytest.raises(RunError, match=r"run: saving needs [\d,]+ bytes, 10 are free. Make room"):
         add(folder, "weather")
     assert (files(folder.path), names(folder.path)) == (before, ["pets"])
     monkeypatch.undo()

@@ -18,8 +18,8 @@ from hf_cl.disk_merge.sources import copied
 from hf_cl.errors import MergeError, shown
 from hf_cl.merging._check import Spec, require_finite
 from hf_cl.merging.lora_arithmetic import Options, coefficients, concatenated, is_lora, merged_specs
-from hf_cl.storage.disk import json_bytes
-from hf_cl.storage.new_folder import new_folder, require_room
+from hf_cl.storage.disk import json_bytes, require_room
+from hf_cl.storage.new_folder import new_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
@@ -50,7 +50,7 @@ def merge_adapters(
         factors = coefficients(options, scalings, len(opened))
         _require_one_base(opened, base)
         specs = merged_specs([(adapter.label, _lora(adapter)) for adapter in opened])
-        require_room(out, sum(map(size, specs.values())) * (len(opened) if heads == "each" else 1))
+        require_room(out, sum(map(size, specs.values())) * (len(opened) if heads == "each" else 1), MergeError)
         found = record("lora_arithmetic", vars(options), None, sources, heads)
         with new_folder(out) as scratch:
             if heads == "base":

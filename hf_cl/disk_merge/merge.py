@@ -39,7 +39,8 @@ from hf_cl.merging._check import Spec
 from hf_cl.merging._rule import Rule, SurveyRule, require_fits, run
 from hf_cl.merging.dare import Drop
 from hf_cl.merging.dare import Options as DareOptions
-from hf_cl.storage.new_folder import new_folder, require_room
+from hf_cl.storage.disk import require_room
+from hf_cl.storage.new_folder import new_folder
 
 HEADS = ("base", "each", "merge")
 ADAPTERS = "lora_arithmetic"
@@ -85,7 +86,7 @@ def merge_checkpoints(
 
     Raises:
         ConfigError: There is no such rule, or an option is unknown or out of range.
-        MergeError: The sources do not fit or cannot be read, or `out` is taken. Nothing is written.
+        MergeError: The sources do not fit or cannot be read, `out` is taken or its disk too full. Nothing is written.
         OSError: The disk is full or refuses; nothing is left.
 
     Peak memory, above that of the imports, is some tens of MB at most, whatever the size of the checkpoints.
@@ -114,7 +115,7 @@ def merge_checkpoints(
         merged = OnDisk(first, others, information, drops, takes_base=made.takes_base, tell=bar.update)
         bar.total = _passes(made) * sum(merged.counts().values())
         stack.enter_context(_one_thread())
-        require_room(place, _bytes(heads, first, others))
+        require_room(place, _bytes(heads, first, others), MergeError)
         found = record(rule, {**_plain(chosen), **_dare(dare)}, sources[0], sources[1:], heads)
         with new_folder(place) as scratch:
             if heads == "each":

@@ -16,38 +16,23 @@ from dataclasses import dataclass
 
 from hf_cl.config import option
 from hf_cl.layers.base import Base
+from hf_cl.training.mask_options import ScoreOptions, mask_config, rates
 from hf_cl.training.masked import MaskedMethod
 from hf_cl.training.method import Settled, Stores
-from hf_cl.tuner import MaskConfig
-from hf_cl.tuner.config import HEADS
 
 STORES = Stores()
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ScoreOptions):
     """Options of `piggyback`."""
 
+    scores_learning_rate: float = option(2e-4, help="Peak learning rate of the scores.", above=0)
     first_score: float = option(0.01, help="Every score's start.")
     threshold: float = option(0.005, help="A weight stays where its score is above this.")
-    scores_learning_rate: float = option(2e-4, help="Peak learning rate of the scores.", above=0)
-    head_learning_rate: float | None = option(
-        None, help="Peak learning rate of the head; none: the training's.", above=0
-    )
-    train_norms: bool = option(False, help="Give every task its own copies of the norms.")
-    head: str = option("own", help="A head a task, or the first task's, frozen, for all.", choices=HEADS)
 
 
 def build(base: Base, options: Options, seed: int, settled: Settled | None = None) -> MaskedMethod:
     """Wrap a base to learn a stream with Piggyback."""
-    config = MaskConfig(
-        density=1.0,
-        compose="prune",
-        threshold=options.threshold,
-        first_score=options.first_score,
-        train_norms=options.train_norms,
-        head=options.head,
-        seed=seed,
-    )
-    rates = {"scores": options.scores_learning_rate, "head": options.head_learning_rate}
-    return MaskedMethod(base, config, settled=settled, density_warmup=0.0, rates=rates)
+    config = mask_config(options, seed, density=1.0, compose="prune")
+    return MaskedMethod(base, config, settled=settled, density_warmup=0.0, rates=rates(options))

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -29,7 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hf_cl.errors import BankConflictError, BankCorruptError, BankError
-from hf_cl.storage.disk import lock, make_folder, rename, stands_for, swap, sync, temporary_of, write_new
+from hf_cl.storage.disk import lock, make_folder, rename, require_room, stands_for, swap, sync, temporary_of, write_new
 from hf_cl.storage.manifest import FILE, MANIFEST, MOST_BYTES, FileEntry, Manifest, unique_keys
 
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16}
@@ -225,9 +224,7 @@ def _add_files(folder: Path, manifest: Manifest, read: Reader, held: Manifest | 
     """Write the bank's files that are not there yet, and have all of them, with their names, on the disk."""
     safe = {file.name for file in held.files} if held is not None else set()
     new = [file for file in manifest.files if not _holds(folder, file, durable=file.name in safe)]
-    need, free = 2 * sum(entry.bytes for entry in new), shutil.disk_usage(folder).free
-    if need > free:
-        raise BankError(f"{folder}: saving needs {need:,} bytes, {free:,} are free. Make room and save again.")
+    require_room(folder, 2 * sum(entry.bytes for entry in new), BankError)
     for entry in new:
         data, path = read(entry), folder / entry.name
         if hashlib.sha256(data).hexdigest() != entry.sha256:

@@ -18,9 +18,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from hf_cl.errors import HfClError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -30,6 +33,18 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 def json_bytes(value: Any) -> bytes:
     """Return a JSON value as indented UTF-8 with a last newline; NaN is refused."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def require_room(path: Path, need: int, error: type[HfClError]) -> None:
+    """Refuse to begin what cannot end: the disk of a path, which need not be there yet, has too few bytes free.
+
+    Raises:
+        HfClError: Of the type that is given, with both numbers.
+    """
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise error(f"{path}: saving needs {need:,} bytes, {free:,} are free. Make room there and try again.")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

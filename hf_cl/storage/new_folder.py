@@ -87,16 +87,3 @@ def _sweep(path: Path) -> None:
                 continue  # somebody is at work there
             finally:
                 os.close(held)
-
-
-def require_room(path: Path, count: int) -> None:
-    """Refuse to begin what cannot end: the disk has fewer bytes free than will be written.
-
-    Raises:
-        OSError: ENOSPC, with both numbers.
-    """
-    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < count:
-        what = f"{os.strerror(errno.ENOSPC)}: {count:,} bytes are to be written and {free:,} are free. Make room there"
-        raise OSError(errno.ENOSPC, what, str(path))

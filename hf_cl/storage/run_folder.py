@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hf_cl import ranks
 from hf_cl.errors import RunError
-from hf_cl.storage.disk import json_bytes, write_atomic
+from hf_cl.storage.disk import json_bytes, require_room, write_atomic
 from hf_cl.storage.state_folder import StateFolder
 
 FORMAT = 1
@@ -189,7 +189,7 @@ class RunFolder:
         manifest = {**self.manifest, "tasks": tasks}
         if shared:
             manifest["shared"] = _blob(blobs, "shared/all", shared)
-        self._require_room(sum(map(len, blobs.values())))
+        require_room(self.path, 2 * sum(map(len, blobs.values())), RunError)
         for name, data in blobs.items():
             write_atomic(self.path / name, data)
         self._replace_manifest(manifest)
@@ -252,13 +252,6 @@ class RunFolder:
         write_atomic(self.path / MANIFEST, json_bytes(manifest))
         self.manifest = manifest
         return manifest
-
-    def _require_room(self, size: int) -> None:
-        free = shutil.disk_usage(self.path).free
-        if free < 2 * size:
-            raise RunError(
-                f"{self.path}: saving needs {2 * size:,} bytes, {free:,} are free. Make room, then --resume."
-            )
 
     def _sweep(self) -> None:
         named = {entry["file"] for task in self.tasks for entry in task["files"].values()}

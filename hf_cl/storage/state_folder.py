@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hf_cl.errors import RunError
-from hf_cl.storage.disk import json_bytes, make_folder, stands_for, sync, temporary_of, write_new
+from hf_cl.storage.disk import json_bytes, make_folder, require_room, stands_for, sync, temporary_of, write_new
 
 FORMAT = 1
 KEPT = 2
@@ -80,7 +80,7 @@ class StateFolder:
         files = {TENSORS: data, TRAINER: trainer}
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         files[FACTS] = json_bytes({"format": FORMAT, "task": task, "step": step, "files": digests, **facts})
-        self._require_room(sum(map(len, files.values())))
+        require_room(self.path, sum(map(len, files.values())), RunError)
         place = self.path / f"{task:04d}-{step:08d}"
         made = temporary_of(place)
         try:
@@ -170,8 +170,3 @@ class StateFolder:
         for place in self.path.iterdir():
             if stands_for(place.name) != place.name and NAME.fullmatch(stands_for(place.name)):
                 shutil.rmtree(place)
-
-    def _require_room(self, size: int) -> None:
-        free = shutil.disk_usage(self.path).free
-        if free < size:
-            raise RunError(f"{self.path}: saving needs {size:,} bytes, {free:,} are free. Make room, then --resume.")

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hf_cl import ranks
 from hf_cl.errors import TrainingError
 
 LABELS = ("data", "model")
@@ -44,7 +45,7 @@ def fisher(
     named = dict(model.named_parameters())
     parameters = {name: named[name] for name in names}
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    rank, processes = _place()
+    rank, processes = ranks.rank(), ranks.world()
     was_training = model.training
     model.eval()
     try:
@@ -80,10 +81,3 @@ def _answers(model: nn.Module, batch: Any, labels: str) -> Sequence[tuple[float,
     if labels == "data":
         return [(1.0, logs[label])]
     return list(zip(logs.detach().exp().tolist(), logs, strict=True))
-
-
-def _place() -> tuple[int, int]:
-    """Return this process's number and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
