@@ -41,15 +41,15 @@ class Curve(TrainerCallback):
         self.evaluating += time.perf_counter() - self.paused
 
 
-def measure(recipe_name: str, overrides: list[str]) -> list[dict[str, Any]]:
-    """Learn the recipe's stream and return a row a task."""
+def measure(recipe_name: str, overrides: list[str], also: tuple[TrainerCallback, ...] = ()) -> list[dict[str, Any]]:
+    """Learn the recipe's stream, with more callbacks if need be, and return a row a task."""
     evaluations = ["training.eval_strategy=steps", f"training.eval_steps={1 / POINTS}", "evaluate=changed"]
     recipe = load(recipe_name, [*evaluations, *overrides])
     tasks = [load_task(spec, recipe.root) for spec in read_stream(recipe.stream, data_dir=data_dir(), root=recipe.root)]
     curve, rows = Curve(), []
     with tempfile.TemporaryDirectory() as scratch:
         learner = build_learner(recipe, Path(scratch))
-        learner.callbacks = (curve,)
+        learner.callbacks = (*also, curve)
         for task in tasks:
             record = learner.learn(task)
             steps, accuracies, seconds = (list(column) for column in zip(*curve.points, strict=True))
