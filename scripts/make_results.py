@@ -23,7 +23,8 @@ Accuracy is on test rows, after the last task, averaged over tasks; ± is the st
 accuracy is each task's right after it was learned; forgetting is Chaudhry's (0 is none; a minus sign would be a gain).
 Points against the best LoRA of the table are on the same test rows, with the 95 % interval of a paired bootstrap of
 10,000 draws over these rows, meant over the seeds that both have; an interval that holds 0 shows no difference. Bytes
-are bytes on disk: what a task adds, its head, and what all tasks share. `exact` is measured: digests of all that a
+are bytes on disk: what a task adds, its head, what all tasks share, and what only learning the next task needs
+(carried). `exact` is measured: digests of all that a
 task's forward reads, and probe logits, recomputed from the saved files in a fresh process, equal those taken at its
 commit; an exact method's accuracy on a task never changes, so only the others have their matrices here. One seed a row
 fills a table; it is no claim that one method beats another.
@@ -47,11 +48,13 @@ def cells(series: Series, against: Series) -> list[str]:
         figure(accuracy) + spread,
         figure(series.estimate(lambda run: run.matrix.learning_accuracy)),
         "0 (exactly)" if series.exact == "yes" else figure(series.estimate(lambda run: run.matrix.forgetting)),
+        figure(series.estimate(lambda run: run.matrix.backward_transfer)),
         series.exact,
         "-" if found is None else f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})",
         f"{mean(series, 'bytes_per_task'):,.0f}",
         f"{mean(series, 'head_bytes_per_task'):,.0f}",
         f"{max(run.content['bytes_shared'] for run in series.runs):,}",
+        f"{max(run.carried for run in series.runs):,}",
         share(series.runs[-1].capacity()[-1]),
         "; ".join(dict.fromkeys(chosen(run) for run in series.runs)),
     ]
@@ -79,8 +82,9 @@ def chosen(run: Result) -> str:
 
 
 COLUMNS = (
-    "method", "seeds", "accuracy", "learning accuracy", "forgetting", "exact", "points against the best LoRA",
-    "bytes a task", "head bytes", "shared bytes", "capacity used", "tuned",
+    "method", "seeds", "accuracy", "learning accuracy", "forgetting", "backward transfer", "exact",
+    "points against the best LoRA", "bytes a task", "head bytes", "shared bytes", "carried bytes",
+    "capacity used", "tuned",
 )  # fmt: skip
 
 

@@ -115,6 +115,20 @@ def page(tmp_path_factory):
 # --- the page ----------------------------------------------------------------------------------------------
 
 
+def test_bytes_that_only_the_next_task_needs_have_a_column_where_there_are_any(tmp_path):
+    without, carrying = result(), result(method={"name": "replay", "options": {}}, bytes_carried=2_500_000)
+    (tmp_path / "a.json").write_text(json.dumps(without))
+    write_report([tmp_path / "a.json"], tmp_path / "one.html")
+    assert "carried</th>" not in (tmp_path / "one.html").read_text()
+    (tmp_path / "b.json").write_text(json.dumps(carrying))
+    write_report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "two.html")
+    page = (tmp_path / "two.html").read_text()
+    assert "carried</th>" in page and size(2.5e6) in page
+    (tmp_path / "b.json").write_text(json.dumps({**carrying, "bytes_carried": "2 MB"}))
+    with pytest.raises(RunError, match="bytes_carried"):
+        read_results([tmp_path / "b.json"])
+
+
 def test_the_page_is_one_file_that_asks_for_nothing(page):
     text = page[0].read_text("utf-8")
     seen = Page(text)

@@ -29,7 +29,8 @@ GLOSSARY = {
     "the seeds that both have. An interval that holds 0 shows no difference.",
     "exact": "Measured, never declared: digests of all that each task's forward reads, and probe logits, recomputed "
     "from the saved files in a fresh process, equal those taken when the task was finished.",
-    "bytes": "On disk, as saved: what a task adds, its head, and what all tasks share.",
+    "bytes": "On disk, as saved: what a task adds, its head, and what all tasks share. Carried is what only "
+    "learning the next task needs, of all tasks: texts to replay, encoders to merge, a penalty's centre.",
     "tuned": "Chosen on validation rows of the stream's first tasks, by the grid that is shown.",
     "time": "Seconds of training as they passed on the machine of that run. Not a benchmark.",
 }

@@ -76,6 +76,11 @@ class Result:
         """Return the mean over tasks of `bytes_per_task` or `head_bytes_per_task`."""
         return sum(self.content[part].values()) / len(self.tasks)
 
+    @property
+    def carried(self) -> int:
+        """The bytes that only learning the next task needs, of all tasks; files of before they were counted have 0."""
+        return int(self.content.get("bytes_carried", 0))
+
     def capacity(self) -> list[float | None]:
         """Return the share of the store that has an owner after each task, None where a method has no store."""
         facts = self.content.get("facts") or {}
@@ -168,6 +173,7 @@ def _check_parts(content: Mapping[str, Any], file: Path) -> None:
         "method": isinstance(method.get("name"), str) and isinstance(method.get("options"), dict),
         "bytes_per_task": _has_numbers(content["bytes_per_task"], tasks),
         "head_bytes_per_task": _has_numbers(content["head_bytes_per_task"], tasks),
+        "bytes_carried": _is_number(content.get("bytes_carried", 0)),
         "seconds": isinstance(seconds, dict) and all(map(_is_number, seconds.values())),
         "facts": _maps_to_mappings(facts)
         and all(_is_number(fact.get("capacity_used", 0) or 0) for fact in facts.values()),

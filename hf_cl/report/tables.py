@@ -63,8 +63,10 @@ def figures(group: Group) -> str:
     several = any(len(series.seeds) > 1 for series in group.series)
     intervals = any(len(series.seeds) > 2 for series in group.series)
     capacity = any(None not in run.capacity() for run in group.runs)
+    carried = any(run.carried for run in group.runs)
     columns = ["", "seeds", "average accuracy", *(["95 % interval"] if intervals else []), "learning accuracy"]
-    columns += ["forgetting", "exact", "bytes a task", "head", "shared", *(["capacity used"] if capacity else [])]
+    columns += ["forgetting", "exact", "bytes a task", "head", "shared", *(["carried"] if carried else [])]
+    columns += ["capacity used"] if capacity else []
     rows = []
     for series in group.series:
         accuracy = series.estimate(lambda run: run.matrix.average_accuracy)
@@ -75,6 +77,7 @@ def figures(group: Group) -> str:
         row += [size(_mean(series, lambda run: run.mean_bytes("bytes_per_task")))]
         row += [size(_mean(series, lambda run: run.mean_bytes("head_bytes_per_task")))]
         row += [size(_mean(series, lambda run: float(run.content["bytes_shared"])))]
+        row += [size(_mean(series, lambda run: float(run.carried)))] if carried else []
         rows.append([*row, *([_capacity(series)] if capacity else [])])
     return table("Figures", columns, rows)
 
