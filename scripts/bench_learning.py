@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from hf_cl.data import load_task, read_stream
 from hf_cl.from_recipe import build_learner
 from hf_cl.recipe import data_dir, load
+from hf_cl.train_stream import stream_name
 
 POINTS = 24
 """Evaluations a task, at equal distances: an eighth, a quarter and a half are among them."""
@@ -58,6 +59,7 @@ def measure(recipe_name: str, overrides: list[str], also: tuple[TrainerCallback,
             rows.append(
                 {
                     "recipe": recipe_name,
+                    "stream": stream_name(recipe.stream),
                     "method": recipe.method,
                     "options": asdict(recipe.options),
                     "seed": learner.args.seed,
