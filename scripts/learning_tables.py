@@ -60,15 +60,13 @@ def speeds(rows: Sequence[Row]) -> str:
 
 def starts(rows: Sequence[Row]) -> str:
     """Return what KKT's start brings, task by task, on every stream that was learned with and without it."""
-    made = []
-    for stream in dict.fromkeys(row["stream"] for row in rows):
+    made, coarse = [], [row for row in rows if len(row["steps"]) < FINE]
+    for stream in dict.fromkeys(row["stream"] for row in coarse):
         by_start = {
-            start: {row["task"]: row for row in rows if (row["stream"], row["options"].get("start")) == (stream, start)}
+            start: {row["task"]: row for row in coarse if (row["stream"], row["options"]["start"]) == (stream, start)}
             for start in ("kkt", "fresh")
         }
-        both = [task for task in by_start["kkt"] if task in by_start["fresh"]]
-        if len(both) > 2 and not all(len(by_start["fresh"][task]["steps"]) >= FINE for task in both):
-            made.append(_starts_of(stream, both, by_start))
+        made.append(_starts_of(stream, list(by_start["kkt"]), by_start))
     return "\n".join(made)
 
 

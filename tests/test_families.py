@@ -558,13 +558,13 @@ class Shown(TrainerCallback):
 
     def __init__(self, monkeypatch, model):
         self.now, self.steps, self.inside, self.reads = [], [], 0, 0
-        show = MaskStore.show_at
+        show = MaskStore.show
 
         def counted(store, *given):
             self.now.append(store.path)
             show(store, *given)
 
-        monkeypatch.setattr(MaskStore, "show_at", counted)
+        monkeypatch.setattr(MaskStore, "show", counted)
         model.base_model.model.register_forward_pre_hook(lambda *_: setattr(self, "before", len(self.now)))
         model.base_model.model.register_forward_hook(self.count)
         model.base_model.mask_layers()[0].register_forward_hook(lambda *_: setattr(self, "reads", self.reads + 1))

@@ -7,6 +7,7 @@ Invariants: V changes at a commit alone; the composed weight holds one task at a
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ from hf_cl.ownership.owner import all_free
 
 DENSE_FROM = 0.125
 """Share of kept entries from which, on a CPU, one pass over the weight beats writing entries one by one."""
+
+
+class Patch(NamedTuple):
+    """What a task changes in the composed weight: two writes switch from one task to another, and nothing is looked up.
+
+    Attributes:
+        where: int64, flat positions of the mask's entries.
+        shown: The composed weight there, in its dtype.
+        bare: A there, in the same dtype.
+    """
+
+    where: Tensor
+    shown: Tensor
+    bare: Tensor
 
 
 class MaskStore(nn.Module):
@@ -32,7 +47,7 @@ class MaskStore(nn.Module):
         self.register_buffer("values", self.start(weight), persistent=False)
         self.register_buffer("owner", all_free(tuple(weight.shape), weight.device), persistent=False)
         self.register_buffer("weight", self._empty(weight), persistent=False)
-        self._written: Tensor | None = None
+        self._written: Tensor | Patch | None = None
 
     @property
     def delta(self) -> bool:
@@ -76,35 +91,42 @@ class MaskStore(nn.Module):
             mask: bool, of the weight's shape.
             values: float32, taken in V's place while they train; None is V.
         """
-        self.show_at(weight, self.entries(mask), values)
-
-    def entries(self, mask: Tensor) -> Tensor:
-        """Return a mask as `show_at` takes it: int64 flat positions, or the flat mask where one pass beats them."""
+        values = self.values if values is None else values
         flat = mask.view(-1)
         # An accelerator would have to be waited for to count, and writes the whole weight in no time.
         if flat.device.type != "cpu" or np.count_nonzero(flat.numpy()) > DENSE_FROM * flat.numel():
-            return flat
-        return positions(flat)
-
-    def show_at(self, weight: Tensor, entries: Tensor, values: Tensor | None = None) -> None:
-        """Make the composed weight `A + M * V`, with M given by `entries` and V by `values`; see `show`."""
-        values = self.values if values is None else values
-        if entries.dtype == torch.bool:
             full = weight.float() + values if self.delta else values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
-            self.weight.copy_(torch.where(entries.view_as(weight), full.to(weight.dtype), rest))
+            self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))
+            self._written = flat
         else:
+            where = positions(flat)
             self.clear(weight)
-            write_entries(self.weight, weight, values, entries, delta=self.delta)
-        self._written = entries
+            write_entries(self.weight, weight, values, where, delta=self.delta)
+            self._written = where
+
+    def patch(self, weight: Tensor, mask: Tensor) -> Patch:
+        """Return what the mask changes in the base's weight; it holds until the mask, V or the base's weight moves."""
+        where = positions(mask.view(-1))
+        bare = self.base_at(weight, where)
+        return Patch(where, (bare + pick(self.values, where)).to(weight.dtype), bare.to(weight.dtype))
+
+    def show_patch(self, weight: Tensor, patch: Patch) -> None:
+        """Make the composed weight the base's with a patch, to the very bits of `show`."""
+        self.clear(weight)
+        put(self.weight, patch.where, patch.shown)
+        self._written = patch
 
     def clear(self, weight: Tensor) -> None:
         """Make the composed weight A again."""
-        if self._written is not None and self._written.dtype == torch.bool:
+        written = self._written
+        if isinstance(written, Patch):
+            put(self.weight, written.where, written.bare)
+        elif written is not None and written.dtype == torch.bool:
             self.reset(weight)
-        elif self._written is not None:
-            clear_entries(self.weight, weight, self._written, delta=self.delta)
-            self._written = None
+        elif written is not None:
+            clear_entries(self.weight, weight, written, delta=self.delta)
+        self._written = None
 
     def write(self, base: Tensor, where: Tensor, values: Tensor) -> None:
         """Set composed entries to `base + values` while a task's own values train; V itself stays.

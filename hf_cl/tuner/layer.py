@@ -4,11 +4,11 @@ Its weight is composed between steps and kept until the task or its mask changes
 nothing, however often it reads the layer (ALBERT's shared layers, checkpointing). What a layer of n entries
 keeps: the base's weight, the composed one in the same dtype, V in float32, owners in int16; 14 n bytes with a
 base in float32. A committed task adds n/8 bytes and its values; a training one 4 n for its scores and n for
-its mask (4 n more for values that train with it), and what the optimizer adds for these. The positions of a sparse
-finished mask are kept too, once it was active: switching to it then reads no bits.
+its mask (4 n more for values that train with it), and what the optimizer adds for these. What a sparse finished mask
+writes is kept too, once it was active: switching to it then reads no bits, and looks up neither V nor the base.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +49,14 @@ class MaskLinear(LayerTasks):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise OwnershipError(f"{self.path}: adapters {', '.join(names)} cannot be active together. Name one.")
-        super().set_adapter(names, inference_mode=inference_mode)
-        self._freeze_finished()
+        self.make_active(names, inference_mode, [name for name in self.configs if self.hfcl_scores[name].numel()])
+
+    def make_active(self, names: list[str], inference_mode: bool, training: Iterable[str]) -> None:
+        """Do what `set_adapter` does, told which adapters are unfinished; no other has anything that could train."""
+        for parameters in (self.hfcl_scores, self.hfcl_values):
+            for name in training:
+                parameters[name].requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
         self.compose()
 
     def _adapter(self) -> str | None:
@@ -105,7 +111,11 @@ class MaskLinear(LayerTasks):
         phase = self.phase(adapter)
         if phase == "committed":
             self._lacking, self.live_mask = False, None
-            self.store.show_at(weight, self.entries(adapter))
+            patch = self.patch(adapter)
+            if patch is None:
+                self.store.show(weight, self.mask(adapter))
+            else:
+                self.store.show_patch(weight, patch)
             return
         mask = self.mask(adapter)
         self.store.show(weight, mask, self.read_values(adapter))

@@ -19,7 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -31,9 +31,9 @@ from hf_cl.errors import OwnershipError
 from hf_cl.layers.heads import task_generator
 from hf_cl.layers.linear import Linear, fan_in
 from hf_cl.layers.sparse import compressed
-from hf_cl.layers.store import MaskStore
+from hf_cl.layers.store import MaskStore, Patch
 from hf_cl.masks.bits import pack, unpack
-from hf_cl.masks.compose import layer_scale, pick, positions
+from hf_cl.masks.compose import layer_scale
 from hf_cl.masks.select import kept_count, topk_mask
 from hf_cl.masks.values import round_values
 from hf_cl.ownership.digest import digest
@@ -44,7 +44,7 @@ from hf_cl.tuner.config import MaskConfig
 SCORE_STD = 1e-4
 """Signed scores begin near zero, well below one learning-rate step: the first gradients decide."""
 SPARSE_BELOW = 32
-"""A finished task's positions are kept where its mask has fewer than one of so many entries: twice its bits at most."""
+"""A finished task's patch is kept where its mask has fewer than one of so many entries: four times its bits at most."""
 Phase = Literal["mask", "weight", "committed"]
 
 
@@ -81,7 +81,7 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         self.elsewhere: dict[int, bool] = {}
         self._overwritten: tuple[str, Tensor, Tensor] | None = None
         # By finished task: the bits and versions that it was made of, and what `derived` holds. Never saved.
-        self._derived: dict[str, tuple[tuple[Tensor, int, int], dict[str, Tensor]]] = {}
+        self._derived: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.register_load_state_dict_pre_hook(make_room)
         self.register_load_state_dict_post_hook(install_arrived)
 
@@ -187,26 +187,25 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         own = mask if self.configs[adapter].trains == "mask" else mask & (self.store.owner == FREE)
         return own.view(-1).nonzero().squeeze(1)
 
-    def derived(self, adapter: str) -> dict[str, Tensor]:
-        """Return what was made of a finished task's bits and of V, to keep more in; empty once one has moved."""
-        bits, values = self.hfcl_bits[adapter], self.store.values
-        if bits.is_inference() or values.is_inference():  # these have no versions
+    def derived(self, adapter: str) -> dict[str, Any]:
+        """Return what was made of a finished task's bits, V and the base, to keep more in; empty once one has moved."""
+        bits, values, weight = self.hfcl_bits[adapter], self.store.values, self.base_weight
+        if any(tensor.is_inference() for tensor in (bits, values, weight)):  # these have no versions
             return {}
-        made = (bits, bits._version, values._version)
+        made = (bits, bits._version, values._version, weight._version)
         held = self._derived.get(adapter)
         if held is None or held[0][0] is not bits or held[0][1:] != made[1:]:
             held = self._derived[adapter] = (made, {})
         return held[1]
 
-    def entries(self, adapter: str) -> Tensor:
-        """Return a finished task's mask as the store shows it, see `MaskStore.entries`; kept while it is sparse."""
+    def patch(self, adapter: str) -> Patch | None:
+        """Return what a finished task changes in the base's weight, made once and kept; None where that is much."""
         derived = self.derived(adapter)
-        if "entries" in derived:
-            return derived["entries"]
-        entries = self.store.entries(self.mask(adapter))
-        if entries.shape[0] * SPARSE_BELOW < self.base_weight.numel():
-            derived["entries"] = entries
-        return entries
+        if "patch" not in derived:
+            sparse = self.count(adapter) * SPARSE_BELOW < self.base_weight.numel()
+            derived["patch"] = self.store.patch(self.base_weight, self.mask(adapter)) if sparse else None
+        found: Patch | None = derived["patch"]
+        return found
 
     def part(self, adapter: str) -> Tensor:
         """Return what a finished task adds to A, a CSR matrix (out, in); made once, then kept.
@@ -215,12 +214,12 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         """
         derived = self.derived(adapter)
         if "part" not in derived:
-            weight, entries = self.base_weight, self.entries(adapter)
-            where = positions(entries) if entries.dtype == torch.bool else entries
-            base = self.store.base_at(weight, where)
-            values = (base + pick(self.store.values, where)).to(weight.dtype).float() - base
-            shape = (weight.shape[0], weight.shape[1])
-            derived["part"] = compressed(where, values, shape, transposed=isinstance(self.base_layer, Conv1D))
+            shape, patch = self.base_weight.shape, self.patch(adapter)
+            if patch is None:
+                patch = self.store.patch(self.base_weight, self.mask(adapter))
+            values = patch.shown.float() - patch.bare.float()
+            transposed = isinstance(self.base_layer, Conv1D)
+            derived["part"] = compressed(patch.where, values, (shape[0], shape[1]), transposed=transposed)
         return derived["part"]
 
     # --- claim and commit -------------------------------------------------------------------------

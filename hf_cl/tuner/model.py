@@ -3,6 +3,7 @@
 Everything here names a task by its adapter: its file, which task answers, merging, mixed batches, its phases.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -85,11 +86,26 @@ class MaskModel(Injection):
         """Make one adapter active: its weights, its head, its labels."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise OwnershipError(f"adapters {', '.join(adapter_name)} cannot be active together. Name one.")
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        training = []
         for name in self.peft_config:
             # Also those that were loaded: whether a task is finished is read off its masks.
-            if self.mask_layers() and name in self.mask_layers()[0].configs and self.phase(name) == "committed":
-                self.finish(name)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+            if self.mask_layers() and name in self.mask_layers()[0].configs:
+                if self.phase(name) == "committed":
+                    self.finish(name)
+                else:
+                    training.append(name)
+        # PEFT would walk all modules of the model and all adapters of each; a switch writes masks in less time.
+        layers: list[Any] = [*self.mask_layers(), *self.own_layers()]
+        for layer in layers:
+            if layer.merged:
+                warnings.warn("A task is merged into the base. Unmerging the model first.", stacklevel=2)
+                layer.unmerge()
+        for masked in self.mask_layers():
+            masked.make_active(names, inference_mode, training)
+        for own in self.own_layers():
+            own.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name
         self._follow_labels()
 
     def _follow_labels(self, *, enabled: bool = True) -> None:
