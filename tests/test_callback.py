@@ -223,7 +223,7 @@ def test_the_optimizer_holds_this_tasks_scores_vector_and_head_alone(model, trai
     kept = 8 * 26 + 4 * 51
     assert sizes == {"scores": 4096, "values": kept, "head": 2 * 17}
     moments = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
-    assert moments == 4096 + kept + 2 * 17
+    assert moments == kept + 2 * 17  # those of the scores are gone since the claim
 
 
 def test_cells_of_the_vector_beyond_what_the_task_owns_never_move(model, train):
@@ -352,6 +352,20 @@ def test_an_optimizer_over_another_adapters_parameters_is_refused(model, train):
     model.set_adapter("pets")
     with pytest.raises(ConfigError, match="optimizer"):
         train(model, "pets", optimizers=(optimizer, None))
+
+
+def test_from_the_claim_on_the_optimizer_keeps_nothing_for_scores(model, train):
+    held = []
+
+    def look(tuner, state, kwargs):
+        scores = [layer.hfcl_scores["news"] for layer in tuner.mask_layers()]
+        values = [layer.hfcl_values["news"] for layer in tuner.mask_layers()]
+        states = kwargs["optimizer"].state
+        held.append([sum(parameter in states for parameter in part) for part in (scores, values)])
+
+    train(model, "news", Spy(on_optimizer_step=look), share=0.5)
+    layers = len(model.base_model.mask_layers())
+    assert held == [[layers, 0]] * 3 + [[0, layers]] * 3
 
 
 def test_stopping_before_the_claim_commits_nothing(model, train):

@@ -13,14 +13,18 @@ from masked import HARD, NAMES, WEIGHTS, changed, config, finish, full, load_har
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
+from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 import hf_cl.tuner
 import hf_cl.tuner.peft_type
 from hf_cl import MaskConfig, OwnershipCallback
 from hf_cl.errors import BaseModelError, ConfigError
+from hf_cl.layers.linear import apply_weight
 from hf_cl.ownership.owner import FREE
 from hf_cl.tuner.adapter_file import adapter_of_key
+from hf_cl.tuner.layer import MaskLinear
 from hf_cl.tuner.names import require_name
 
 pytest_plugins = ["masked"]
@@ -445,6 +449,33 @@ def test_registration_is_idempotent():
     assert hf_cl.tuner.peft_type.extend_peft_type("HFCL") is PeftType("HFCL") is PeftType["HFCL"] is PeftType.HFCL
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.HFCL] is MaskConfig
     assert copy.deepcopy(PeftType.HFCL) is PeftType.HFCL
+
+
+@pytest.mark.parametrize("density", [0.03, 0.4])  # few entries, and so many that the dense product is made
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_gradients_at_few_entries_are_those_of_the_dense_product(kind, density):
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 30) if kind == "linear" else Conv1D(30, 20)
+    options = config(scale=1.0, density=density, trains="claimed")
+    masked = MaskLinear(layer, "layer", options)
+    masked.add("news", options)
+    masked.set_adapter("news")
+    masked.begin_weight_phase("news")
+    x = torch.randn(4, 5, 20, requires_grad=True)
+    out = masked(x)
+    assert (type(out.grad_fn).__name__ == "SampledLinearBackward") is (density < 0.1)
+    back = torch.randn(out.shape)
+    out.backward(back)
+    dense = masked.store.weight.detach().clone().requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    given = apply_weight(layer, again, dense)
+    given.backward(back)
+    # The product is the same one; sums over rows and outputs go in another order.
+    assert torch.equal(out, given)
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-5, atol=1e-5)
+    values = masked.hfcl_values["news"].grad
+    torch.testing.assert_close(values, dense.grad.view(-1)[masked._where], rtol=1e-5, atol=1e-5)
+    assert values.count_nonzero() == values.numel()
 
 
 # --- switching ------------------------------------------------------------------------------------------------

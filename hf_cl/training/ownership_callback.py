@@ -282,6 +282,8 @@ class OwnershipCallback(TrainerCallback, ExportableState):
             tuner.refresh_masks(self.adapter, self._grown(state.global_step))
             return
         opened = tuner.begin_weight_phase(self.adapter)
+        for scores in self._parameters["scores"]:  # they never step again: eight bytes an entry are free
+            kwargs["optimizer"].state.pop(scores, None)
         self.facts = tuner.facts(self.adapter)
         self.best, self._best_value, state.best_metric, self._checkpoint = {}, None, None, None
         if opened == 0:

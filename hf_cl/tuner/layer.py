@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from hf_cl.errors import ConfigError, OwnershipError
 from hf_cl.layers.linear import Linear, apply_weight
+from hf_cl.layers.sparse import SampledLinear, compressed, is_sampled
 from hf_cl.masks.compose import JointWeight, TrainedWeight
 from hf_cl.ownership.owner import FREE
 from hf_cl.tuner.config import MaskConfig
@@ -36,6 +38,7 @@ class MaskLinear(LayerTasks):
         self.register_buffer("live_mask", None, persistent=False)
         self._where: Tensor | None = None
         self._start: Tensor | None = None
+        self._entries: Tensor | None = None
         self._seen = (-1, -1)
         self._lacking = False
         self.plan: Plan | None = None
@@ -124,6 +127,8 @@ class MaskLinear(LayerTasks):
         if phase == "weight":
             self._where = self.trainable(adapter, mask)
             self._start = self.store.base_at(weight, self._where)
+            shape = (weight.shape[0], weight.shape[1])
+            self._entries = compressed(self._where, torch.zeros_like(self._start), shape, transposed=False)
             self._seen = (-1, -1)
             self.write_values()
 
@@ -149,11 +154,19 @@ class MaskLinear(LayerTasks):
         if trains and self.live_mask is not None and self.is_joint(adapter):
             own = self.live_mask & (self.store.owner == FREE)
             weight = JointWeight.apply(scores, values, weight, self.read_values(adapter), own, self.magnitude(adapter))
+        elif trains and self._samples(x):
+            stored = isinstance(layer, Conv1D)
+            return SampledLinear.apply(x, weight, layer.bias, values, self._entries, stored)
         elif trains:
             weight = TrainedWeight.apply(
                 scores, values, weight, self.store.values, self._where, self.magnitude(adapter)
             )
         return apply_weight(layer, x, weight)
+
+    def _samples(self, x: Tensor) -> bool:
+        """Return whether the values' gradients are taken at their entries alone."""
+        where = self._where
+        return where is not None and not torch.compiler.is_compiling() and is_sampled(x, self.store.weight, len(where))
 
     def common(self, x: Tensor) -> Tensor:
         """Return `x A^T + b`, which all tasks share; A is the base's weight with `delta`, else 0."""
