@@ -3,6 +3,7 @@
     once K          scores rest after K steps and the head trains on: with K = 1 the mask is one gradient's
     signs K         V's free entries get the sign that lowers the loss of K batches, seen before the first step
     scale layer|row of trained values only one scale a layer, or a row, is learned: their gradients are tied
+    head fresh      with KKT, the head begins fresh also where the source's labels are the task's
 
 What they would store besides a mask (a sign, a scale) is not counted: these are experiments, and no method's option.
 run: python scripts/bench_choice.py OUT.jsonl "VARIANT" RECIPE [key=value ...]      (a row a task; HF_CL_DATA as for it)
@@ -77,7 +78,27 @@ class Scale(TrainerCallback):
             values.grad[: where.numel()] = slopes[rows] * signs
 
 
-WAYS = {"once": Once, "signs": Signs, "scale": Scale}
+class Head(TrainerCallback):
+    """The head begins as it was drawn, whatever a start has put there."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Remember it."""
+        self.drawn = [{name: tensor.clone() for name, tensor in head.state_dict().items()} for head in _heads(model)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Put it back."""
+        for head, drawn in zip(_heads(model), self.drawn, strict=True):
+            head.load_state_dict(drawn)
+
+
+def _heads(model: Any) -> list[Any]:
+    return [layer.hfcl_copy[layer.active_adapters[0]] for layer in model.base_model.own_layers() if not layer.is_norm]
+
+
+WAYS = {"head": Head, "once": Once, "signs": Signs, "scale": Scale}
 
 
 if __name__ == "__main__":
