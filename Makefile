@@ -4,7 +4,7 @@ WORKERS ?= 2
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check slow results install clean
+.PHONY: quickstart test check slow prove results install clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_floors.py
+
+# HF_CL_DATA=FOLDER make prove; PROVE="--tasks 6" for a rehearsal. Again, it goes on where it stopped.
+prove: install
+	$(BIN)/python scripts/prove.py $(PROVE)
 
 results: install
 	$(BIN)/python scripts/make_results.py

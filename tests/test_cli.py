@@ -7,6 +7,7 @@ import sys
 
 import datasets
 import pytest
+import typer
 import yaml
 from transformers import BertTokenizerFast
 from typer.testing import CliRunner
@@ -107,6 +108,12 @@ def test_every_verb_and_every_method_is_listed():
     assert re.search(r"^exssnet +ExSSNeT: find a mask", call("methods").stdout, re.MULTILINE)
     assert {entry["name"] for entry in json.loads(call("methods", "--json").stdout)} == set(available("methods"))
     assert runpy.run_module("hf_cl")["main"] is main
+
+
+def test_every_verb_takes_json_but_predict():
+    verbs = typer.main.get_command(app).commands
+    without = [name for name, verb in verbs.items() if not any("--json" in option.opts for option in verb.params)]
+    assert without == ["predict"]
 
 
 def test_a_methods_options_are_its_dataclass():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import family_models
@@ -654,6 +655,20 @@ def test_a_plans_lora_is_as_large_as_pefts(base_folder):
     model = get_peft_model(tiny.bert(), LoraConfig(r=4, target_modules=targets))
     trained = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     assert capacity.lora_bytes(shapes, 4) == 2 * trained
+
+
+def test_the_readmes_bytes_are_those_of_a_plan():
+    """A mask grows with the square of the width, a LoRA with the width: at some width the LoRA is the smaller."""
+    sizes = {}
+    for layers, width in ((6, 384), (12, 768), (12, 4096)):
+        linears = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+        found = capacity.plan(1, 0.02, shapes=linears * layers)
+        sizes[width] = found.supsup_bytes, found.lora_bytes
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    mask, lora = (f"{size / 1e6:.2f} MB" for size in sizes[768])
+    assert f"A mask of density .02 takes {mask} of BERT-base, LoRA r8 in bf16 {lora}" in readme
+    share = {width: mask / lora for width, (mask, lora) in sizes.items()}
+    assert share[384] < share[768] < 1 < share[4096]
 
 
 @pytest.mark.parametrize("density", [0.005, 0.02, 0.1])

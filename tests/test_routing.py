@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -32,6 +33,7 @@ from hf_cl.routing.nearest_mean import (
 from hf_cl.routing.superposition import Superposition, better_half
 from hf_cl.storage.bank_folder import task_blob
 from hf_cl.storage.run_folder import RunFolder
+from hf_cl.training.collect import RouterState
 from hf_cl.training.masked import adapter_of
 from hf_cl.tuner.rows import Shares
 
@@ -157,6 +159,18 @@ def test_the_state_is_small_and_lies_where_the_format_says(folder):
     shared = load_file(folder / bank.manifest.shared.name)
     assert shared[SCATTER].shape == (16 * 17 // 2,)
     assert shared[FREEDOM].tolist() == [[index, 24 - len(tiny.LABELS[name])] for index, name in enumerate(NAMES)]
+
+
+@pytest.mark.parametrize(("width", "task", "shared"), [(384, "11.6 kB", "296 kB"), (768, "23.1 kB", "1.2 MB")])
+def test_the_pages_bytes_are_those_of_the_format(width, task, shared):
+    state = RouterState(texts=1024)
+    state.add(0, torch.randn(64, width, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 15, 15)
+    held = sum(tensor.nbytes for tensor in state.means[0].tensors().values())
+    scatter = state.tensors()[SCATTER].nbytes
+    assert f"{held / 1e3:.1f} kB" == task
+    assert (f"{scatter / 1e3:.0f} kB" if scatter < 1e6 else f"{scatter / 1e6:.1f} MB") == shared
+    page = (Path(__file__).parents[1] / "docs" / "routing.md").read_text("utf-8")
+    assert task in page and shared in page
 
 
 def test_extending_needs_no_earlier_text_and_gives_the_same_bytes(base_folder, tmp_path, folder):

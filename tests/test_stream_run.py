@@ -130,6 +130,13 @@ def test_a_method_without_protection_is_not_called_exact(finished, method):
     assert before["weather"] == after["weather"]
 
 
+@pytest.mark.parametrize("moved", ["exact", "same_logits"])
+def test_exact_is_what_verifying_said(tiny_recipe, tmp_path, monkeypatch, moved):
+    """Of a method that is exact by construction, too."""
+    monkeypatch.setattr(hf_cl.train_stream, "verify_in_fresh_process", lambda run: {**verify_here(run), moved: False})
+    assert run_stream(load(tiny_recipe), tmp_path / "run")["exact"] is False
+
+
 @pytest.mark.parametrize("method", [*EXACT, *FORGET])
 def test_the_bytes_are_those_on_the_disk(finished, method):
     run, found = finished(method)
