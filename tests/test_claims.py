@@ -16,7 +16,7 @@ OPENLY = re.compile(r"\bno test\b")
 
 
 def pairs(text):
-    return set(re.findall(r"`?(test_\w+\.py)::(\w+)`", text))
+    return set(re.findall(r"`((?:data/)?test_\w+\.py)::(\w+)`", text))
 
 
 def commands(text):

@@ -7,7 +7,7 @@ import tiny
 import torch
 from test_stream_run import task_files
 
-from hf_cl import ranks
+from hf_cl import ranks, train_stream
 from hf_cl.errors import ConfigError
 from hf_cl.storage.run_folder import RunFolder
 from hf_cl.training.agreement import Agreement, checksum
@@ -54,6 +54,24 @@ def test_one_process_asks_nobody():
     assert ranks.on_first(lambda: 5) == 5
     ranks.require_equal({"a": "1"}, "now")
     ranks.leave(3)
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_told(tmp_path, monkeypatch):
+    """What ranks hold is compared between processes; here, one after the other says what it would hold."""
+    told = []
+    monkeypatch.setattr(ranks, "require_equal", lambda held, when: told.append((held, when)))
+    folder = RunFolder(tmp_path / "run", {})
+    folder.path.mkdir()
+    (folder.path / "run.json").write_text("{}")
+    train_stream._require_shared(folder)  # as rank 0, which sees it
+    (folder.path / "run.json").unlink()
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(train_stream, "SEEN_WITHIN", 0)
+    train_stream._require_shared(folder)
+    (first, _), (other, when) = told
+    assert when == "before training" and first != other
+    assert list(other) == list(first) == [f"{folder.path / 'run.json'}, which must lie where all machines see it"]
+    assert list(other.values()) == ["missing"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.bool, torch.uint8, torch.int64])

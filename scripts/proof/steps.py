@@ -191,7 +191,7 @@ class Proof:
         """Export some tasks as plain checkpoints, and compare their logits with those of the bank."""
         found, logits = {}, self.ledger.of(self.method)["measured"]["logits"]
         for place, (name, rows) in enumerate(self.rows.items()):
-            folder = self.out / "exported" / str(place)
+            folder = self.out / f"exported-{place}"
             shutil.rmtree(folder, ignore_errors=True)
             base = ["--base", self.settings.model]
             self.shell.run(["hf-cl", "export", str(self.bank), name, "--out", str(folder), *base])
@@ -199,6 +199,7 @@ class Proof:
             _, output = self.shell.run(["answers.py", "checkpoint"], given=json.dumps(request))
             answer = json.loads(output)
             found[name] = {"same_logits": answer["logits"] == logits[name], "without_hf_cl": answer["without_hf_cl"]}
+            shutil.rmtree(folder)  # a whole encoder each
         return found
 
     def route(self) -> dict[str, Any]:
