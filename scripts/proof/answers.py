@@ -25,11 +25,12 @@ def main() -> None:
 def bank(request: dict[str, Any]) -> dict[str, Any]:
     """Return the test metrics of every task of a bank, and some tasks' logits; nothing but its files is known."""
     from hf_cl import MaskBank, TaskSpec, load_task
+    from hf_cl.cli.quiet import libraries
     from hf_cl.from_recipe import training_arguments
 
     training = dict(request["training"])
     length = training.pop("max_length")
-    with tempfile.TemporaryDirectory() as scratch:
+    with libraries(), tempfile.TemporaryDirectory() as scratch:
         args = training_arguments(training, Path(scratch))
         opened = MaskBank.from_pretrained(request["bank"])
         learner = opened.extend(request["model"], training_args=args, max_length=length)

@@ -118,7 +118,7 @@ class Proof:
         return file
 
     def _tell(self, number: int, line: str) -> None:
-        """Say that a task is learned, what those before it have lost, and how long the rest will take."""
+        """Say that a task is learned, the most that one of its ten has lost, and how long the rest will take."""
         found = LEARNED.match(line)
         if found is None:
             return
