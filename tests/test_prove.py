@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,76 @@ def test_without_data_it_says_what_to_set(tmp_path, monkeypatch, capsys):
         assert said.out == "" and said.err.startswith("prove: error: HF_CL_DATA: ")
         assert f"{found}. Set it to the folder of data sets" in said.err
     assert not (tmp_path / "out").exists()
+
+
+# --- commands ------------------------------------------------------------------------------------------
+
+WAITS = "import pathlib, sys, time\nplace = pathlib.Path(sys.argv[1])\n(place / 'begun').touch()\n"
+WAITS += "while not (place / 'end').exists(): time.sleep(0.05)\n"
+
+
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """A command that waits until it is told to end."""
+    from proof import shell
+
+    (tmp_path / "waits.py").write_text(WAITS)
+    (tmp_path / "fails.py").write_text(
+        "import sys\nprint('out')\nprint('no such thing', file=sys.stderr)\nsys.exit(3)\n"
+    )
+    monkeypatch.setattr(shell, "HERE", tmp_path)
+    return ["waits.py", str(tmp_path)]
+
+
+def until(happens):
+    for _ in range(1200):
+        if happens():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within a minute")
+
+
+def test_a_command_that_outlives_a_killed_proof_keeps_others_out(waiting, tmp_path):
+    from proof.shell import Shell
+
+    code = "import sys; from pathlib import Path; from proof import shell; shell.HERE = Path(sys.argv[2])\n"
+    code += "shell.Shell(shell.HERE, 1).run(sys.argv[1:])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
+    killed = subprocess.Popen([sys.executable, "-c", code, *waiting], env=env)
+    until((tmp_path / "begun").exists)
+    killed.kill()
+    killed.wait()
+    with pytest.raises(ConfigError, match="another proof is at work here"):
+        Shell(tmp_path, 1)
+    (tmp_path / "end").touch()
+
+    def free():
+        try:
+            Shell(tmp_path, 1).close()
+        except ConfigError:
+            return False
+        return True
+
+    until(free)
+
+
+def test_a_stopped_shell_ends_its_command_and_begins_none(waiting, tmp_path):
+    from proof.shell import Failed, Shell, Stopped
+
+    shell = Shell(tmp_path, 1)
+    with pytest.raises(Failed, match=r"fails\.py: ended with 3\nno such thing"):
+        shell.run(["fails.py"])
+    assert shell.run(["fails.py"], fine=3) == (3, "out\n")
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(shell.run, waiting)
+        until((tmp_path / "begun").exists)
+        shell.stop()
+        with pytest.raises(Stopped):
+            run.result()
+    with pytest.raises(Stopped):
+        shell.run(waiting)
+    shell.close()
+    assert (tmp_path / "commands.txt").read_text().splitlines() == ["fails.py", "fails.py", f"waits.py {tmp_path}"]
 
 
 # --- in processes --------------------------------------------------------------------------------------
