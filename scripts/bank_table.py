@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_coding import bound
 
 from hf_cl import MaskBank
+from hf_cl.bench.coding import bound
 from hf_cl.packing.shelf import open_entry
 from hf_cl.storage.bank_folder import FolderReader
 

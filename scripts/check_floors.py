@@ -27,6 +27,7 @@ FLOORS = (
     ("tuning", "evaluate_run", "evaluate_bank", "sweep_plan"),
     ("train_stream",),
     ("sweep",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

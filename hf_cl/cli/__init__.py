@@ -12,6 +12,7 @@
     push, pull hf_cl.bank              a bank to the Hub, and from it
     plan       hf_cl.capacity          how many tasks a bank has room for
     methods    hf_cl.plugins           the ways to learn, and their options
+    bench      hf_cl.bench             what it costs on this machine, beside its rivals
 
 Exit codes: 0 done, 1 something has moved (`verify` alone), 2 bad input or a run that cannot go on, 130 Ctrl-C.
 With `--json`, stdout carries one JSON value and nothing else. What is heavy is imported inside a verb, so that

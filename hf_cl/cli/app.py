@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 import hf_cl
 from hf_cl.cli import show
+from hf_cl.cli.bench import bench
 from hf_cl.cli.drop import drop
 from hf_cl.cli.eval import evaluate
 from hf_cl.cli.export import export
@@ -79,6 +80,7 @@ app.command("pull")(pull)
 app.command("merge")(merge)
 app.command("plan")(plan)
 app.command("methods")(methods)
+app.command("bench")(bench)
 
 
 def _version(asked: bool) -> None:

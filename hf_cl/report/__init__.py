@@ -6,6 +6,7 @@
     axes      what pictures have in common: colours, scales, legends
     pictures  a group -> PNGs, with a text for who cannot see them
     tables    a group -> HTML tables
+    document  a page that needs nothing else, of parts that are HTML
     page      all of it -> one HTML file that needs nothing else
 
 Invariant: only runs with the same stream, base, training, length and split share a picture or a table. Names and labels

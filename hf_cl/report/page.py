@@ -1,7 +1,5 @@
 """The report: one HTML file with its pictures inside, and the same pictures as PNGs beside it."""
 
-import base64
-import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +7,14 @@ from pathlib import Path
 from hf_cl.errors import ConfigError
 from hf_cl.plots import new_figure
 from hf_cl.report.axes import styles
+from hf_cl.report.document import document, picture
 from hf_cl.report.groups import Group, group
 from hf_cl.report.pictures import Picture, draw
 from hf_cl.report.read import Result, read_results
 from hf_cl.report.tables import accuracies, conditions, differences, figures, methods, sources
-from hf_cl.report.words import plain, safe
+from hf_cl.report.words import safe
 from hf_cl.storage.disk import write_atomic
 
-CSS = Path(__file__).with_name("page.css")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What the page may do, should anything of the data ever be taken for markup: show its own pictures, nothing else."""
 GLOSSARY = {
     "average accuracy": "Mean accuracy over all tasks after the last one was learned, each task with its own head.",
     "learning accuracy": "Mean of each task's accuracy right after it was learned.",
@@ -84,33 +80,15 @@ def _page(groups: Sequence[Group], results: Sequence[Result], sections: Sequence
         if validation
         else ""
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="hf-cl report">
-<title>Continual learning: {safe(", ".join(streams))}</title>
-<style>
-{CSS.read_text("utf-8")}</style>
-</head>
-<body>
-<header>
-<h1>Continual learning, compared</h1>
+    header = f"""<h1>Continual learning, compared</h1>
 <p class="lead">{lead}. {apart if len(groups) > len(streams) else ""}</p>
-{warning}{_contents(groups)}
-</header>
-<main>
-{"".join(sections)}</main>
-<footer>
-<h3>How to read this</h3>
+{warning}{_contents(groups)}"""
+    footer = f"""<h3>How to read this</h3>
 <dl>{glossary}</dl>
 <p class="note">Made by <code>hf-cl report</code> from results.json files; the pictures lie in {safe(folder)}, too.</p>
-</footer>
-</body>
-</html>
 """
+    title = f"Continual learning: {', '.join(streams)}"
+    return document(title, "hf-cl report", header, "".join(sections), footer.rstrip())
 
 
 def _contents(groups: Sequence[Group]) -> str:
@@ -126,8 +104,7 @@ def _name(part: Group) -> str:
 
 def _section(place: int, part: Group, pictures: Sequence[Picture]) -> str:
     whole, half, matrix = (
-        "".join(_figure(picture) for picture in pictures if picture.kind == kind)
-        for kind in ("whole", "half", "matrix")
+        "".join(_figure(drawn) for drawn in pictures if drawn.kind == kind) for kind in ("whole", "half", "matrix")
     )
     return f"""<section id="g{place}" aria-labelledby="g{place}-name">
 <h2 id="g{place}-name">{_name(part)}</h2>
@@ -146,11 +123,6 @@ def _section(place: int, part: Group, pictures: Sequence[Picture]) -> str:
 """
 
 
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    level = "h4" if picture.kind == "matrix" else "h3"
-    caption = f"<figcaption>{html.escape(plain(picture.caption))}</figcaption>" if picture.caption else ""
-    return (
-        f"<figure><{level}>{safe(picture.title)}</{level}>"
-        f'<img alt="{html.escape(plain(picture.alt))}" src="data:image/png;base64,{data}">{caption}</figure>\n'
-    )
+def _figure(drawn: Picture) -> str:
+    level = "h4" if drawn.kind == "matrix" else "h3"
+    return picture(drawn.path, drawn.title, drawn.alt, drawn.caption, level)
