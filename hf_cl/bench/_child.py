@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_cl import plugins, ranks
-from hf_cl.bench._measure import anonymous
+from hf_cl.bench._measure import EVERY, anonymous
 from hf_cl.errors import HfClError
-
-EVERY = 0.002
-"""Seconds between two looks at a child's memory."""
 
 
 class Found(NamedTuple):

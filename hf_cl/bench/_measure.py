@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from hf_cl.results import versions
 
+EVERY = 0.002
+"""Seconds between two looks at a process's memory."""
 BLOCK = 2.0
 """Seconds that a block of calls takes at least, where a single call is shorter."""
 
@@ -83,6 +86,24 @@ def anonymous(pid: "int | str" = "self") -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+class Peak:
+    """The most anonymous memory of this process while its block runs, looked at every two milliseconds."""
+
+    def __enter__(self) -> "Peak":
+        self.most, self._done = anonymous(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(EVERY):
+            self.most = max(self.most, anonymous())
+
+    def __exit__(self, *raised: object) -> None:
+        self._done.set()
+        self._watcher.join()
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_cl import plugins
-from hf_cl.plots import INK, PAPER, new_figure, save_figure, shortened
-from hf_cl.report.axes import COLOURS, FAINT, frame
+from hf_cl.plots import INK, PAPER, QUIET, new_figure, save_figure, shortened
+from hf_cl.report.axes import COLOURS, frame
 from hf_cl.report.document import document, picture
 from hf_cl.report.tables import table
 from hf_cl.report.words import NONE, plain, safe
@@ -60,7 +60,10 @@ def _marks(marked: Sequence[Record], png: Path) -> str:
     if not shown:
         return ""
     _draw(shown, png, "share of the mark (1 is the mark, less is better; log)")
-    words = "; ".join(f"{_name(record)}: {shares[0]:.3g}, {_met(record)}" for record, shares in shown)
+    words = "; ".join(
+        f"{name}: {shares[0]:.3g}, {_met(record)}"
+        for name, (record, shares) in zip(_names([record for record, _ in shown]), shown, strict=True)
+    )
     caption = "Each row's figure by its mark, turned over where more is better. Crosses miss, diamonds are not judged."
     return picture(png, "Against the marks", words, caption, "h2")
 
@@ -80,7 +83,7 @@ def _section(name: str, rows: Sequence[Record], png: Path) -> str:
     drawn = ""
     if shown:
         _draw([(record, [record["ratio"], *(record["quartiles"] or ())]) for record in shown], png, "ratio (log)")
-        words = "; ".join(f"{_name(record)}: {record['ratio']:.3g} of {record['rival']}" for record in shown)
+        words = "; ".join(f"{name}: {record['ratio']:.3g}" for name, record in zip(_names(shown), shown, strict=True))
         caption = "A point is the median ratio to the rival, its line reaches from quartile to quartile."
         drawn = picture(png, "Ours by the rival's", words, caption)
     columns = ["", "under", "ours", "rival", "rival's", "ratio", "quartiles", "mark", "", "floor"]
@@ -130,8 +133,21 @@ def _under(record: Record) -> str:
     return ", ".join(f"{key} {plain(value)}" for key, value in record["settings"].items())
 
 
-def _name(record: Record) -> str:
-    return f"{record['benchmark']}: {record['what']}, {_under(record)}"
+def _names(records: Sequence[Record]) -> list[str]:
+    """Return what tells rows from each other: what is measured, the settings that vary in its benchmark, the rival."""
+    varies: dict[str, set[str]] = {}
+    for one in records:
+        for other in records:
+            if one["benchmark"] == other["benchmark"]:
+                held, theirs = one["settings"], other["settings"]
+                found = {key for key in {*held, *theirs} if held.get(key) != theirs.get(key)}
+                varies.setdefault(one["benchmark"], set()).update(found)
+    names = []
+    for record in records:
+        under = [plain(value) for key, value in record["settings"].items() if key in varies[record["benchmark"]]]
+        rival = f" / {record['rival']}" if record["ratio"] is not None else ""
+        names.append(f"{record['benchmark']}: {', '.join([record['what'], *under])}{rival}")
+    return names
 
 
 def _machine(record: Record) -> str:
@@ -160,12 +176,19 @@ def _draw(rows: Sequence[tuple[Record, Sequence[float]]], png: Path, below: str)
         axes.plot([middle], [place], marker, color=colour, markersize=7, markeredgecolor=PAPER)
         look = {"xytext": (9, 0), "textcoords": "offset points", "fontsize": 8, "color": INK, "va": "center"}
         axes.annotate(f"{middle:.3g}", (max([middle, *ends]), place), **look)
-    axes.axvline(1.0, color=FAINT, linewidth=1.5, zorder=0)
+    axes.axvline(1.0, color=QUIET, linewidth=1.5, zorder=0)
     values = [value for _, figures in rows for value in figures if value > 0] + [1.0]
     axes.set_xscale("log")
     span = max(math.log10(max(values) / min(values)), 0.3)
-    axes.set_xlim(min(values) / 10 ** (0.06 * span), max(values) * 10 ** (0.16 * span))
-    axes.set_yticks(range(len(rows)), [shortened(plain(_name(r)), LONGEST) for r, _ in rows], parse_math=False)
+    low, high = min(values) / 10 ** (0.06 * span), max(values) * 10 ** (0.16 * span)
+    axes.set_xlim(low, high)
+    steps = (1, 2, 5) if span < 2.5 else (1,)
+    ticks = [step * 10.0**power for power in range(-9, 10) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    names = [shortened(plain(name), LONGEST) for name in _names([record for record, _ in rows])]
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     frame(axes, below)
     axes.tick_params(axis="y", labelsize=7.5)

@@ -2,8 +2,8 @@
 
 Measured: forward, backward, clipping at 1, the Trainer's default AdamW, and what masks need between steps: refreshing
 them, or writing values; 32 texts of 32 and of 128 tokens. All ways are built in one process and take turns, a block
-of steps each. Peak memory is each way's alone: anonymous memory of a fresh process above what it holds after its
-imports; on CUDA what torch allocated at most.
+of steps each. Peak memory is each way's alone: anonymous memory of a fresh process during its steps, above what it
+held after its imports; on CUDA what torch allocated at most.
 
 Against: full fine-tuning with frozen embeddings, PEFT's LoRA r8, and for memory full fine-tuning.
 
@@ -34,7 +34,7 @@ from torch import nn
 
 from hf_cl import MaskConfig
 from hf_cl.bench._child import in_child
-from hf_cl.bench._measure import BLOCK, copy_rate, in_ms, product_rate, turns
+from hf_cl.bench._measure import BLOCK, Peak, anonymous, copy_rate, in_ms, product_rate, turns
 from hf_cl.bench._models import DENSITY, LABELS, batch, lora_config, masked_entries, plain
 from hf_cl.bench._row import Mark, Row, Settings, Tell
 
@@ -109,7 +109,7 @@ def _times(size: str, length: int, settings: Settings, under: dict[str, Any]) ->
     ):  # fmt: skip
         floor = floors.get((name, rival), "none derived: it is a rival here")
         compared = in_ms(taken[name], taken[rival])
-        yield Row("step", f"step, {name}", under, rival=rival, mark=mark, floor=floor, **compared)
+        yield Row("step", name, under, rival=rival, mark=mark, floor=floor, **compared)
 
 
 def _floors(size: str, length: int, step: float, device: str) -> dict[tuple[str, str], str]:
@@ -129,8 +129,8 @@ def _floors(size: str, length: int, step: float, device: str) -> dict[tuple[str,
 def _peaks(size: str, length: int, settings: Settings, under: dict[str, Any]) -> Iterator[Row]:
     peaks = {}
     for name in WAYS:
-        found = in_child("step", {"way": name, "size": size, "length": length, "device": settings.device})
-        peaks[name] = found.peak_mb if found.answer is None else float(found.answer)
+        asked = {"way": name, "size": size, "length": length, "device": settings.device}
+        peaks[name] = float(in_child("step", asked).answer)
     entries, parameters = masked_entries(size), sum(weight.numel() for weight in plain(size).parameters())
     activations = max(0.0, peaks[FULL] - 16e-6 * parameters)
     least = 1e-6 * (4 * parameters + 11 * entries) + activations
@@ -145,13 +145,17 @@ def _peaks(size: str, length: int, settings: Settings, under: dict[str, Any]) ->
         )  # fmt: skip
 
 
-def child(way: str, size: str, length: int, device: str) -> Callable[[], float | None]:
-    """Return what measures a way's peak in a process of its own."""
+def child(way: str, size: str, length: int, device: str) -> Callable[[], float]:
+    """Return what measures, in a process of its own, the megabytes that a way's steps take at most."""
+    imported = anonymous()
 
-    def work() -> float | None:
+    def work() -> float:
         made = Way(way, size, length, device)
-        for _ in range(STEPS):
-            made.step()
-        return None if device == "cpu" else torch.cuda.max_memory_allocated() / 1e6
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        with Peak() as peak:
+            for _ in range(STEPS):
+                made.step()
+        return (peak.most - imported if device == "cpu" else torch.cuda.max_memory_allocated()) / 1e6
 
     return work

@@ -16,7 +16,6 @@ texts lie, one comparison of 512 features each.
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +27,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_cl import plugins
-from hf_cl.bench._child import EVERY, in_child
-from hf_cl.bench._measure import anonymous, quartiles
+from hf_cl.bench._child import in_child
+from hf_cl.bench._measure import Peak, anonymous, quartiles
 from hf_cl.bench._models import VOCABULARY, plain, tokenizer
 from hf_cl.bench._row import Mark, Row, Settings, Tell
 from hf_cl.data import Task, task_from_datasets
@@ -106,24 +105,6 @@ def child(size: str, method: str, tasks: int, device: str) -> Callable[[], dict[
         return found
 
     return work
-
-
-class Peak:
-    """The most anonymous memory of this process while its block runs, looked at every two milliseconds."""
-
-    def __enter__(self) -> "Peak":
-        self.most, self._done = anonymous(), threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(EVERY):
-            self.most = max(self.most, anonymous())
-
-    def __exit__(self, *raised: object) -> None:
-        self._done.set()
-        self._watcher.join()
 
 
 def task(number: int, words: int) -> Task:
