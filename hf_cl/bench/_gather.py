@@ -11,7 +11,7 @@ import torch
 from hf_cl import plugins
 from hf_cl.bench._measure import load, machine
 from hf_cl.bench._page import write_page
-from hf_cl.bench._row import MODELS, Settings, Tell
+from hf_cl.bench._row import MODELS, Row, Settings, Tell
 from hf_cl.config import did_you_mean
 from hf_cl.errors import ConfigError, HfClError
 from hf_cl.plots import new_figure
@@ -21,6 +21,8 @@ FOLDER, FILE, PAGE = "bench", "benchmarks.json", "index.html"
 FORMAT = 1
 DEVICES = ("cpu", "cuda")
 Record = dict[str, Any]
+KEYS = set(Row("", "", {}, 0.0, "", "").record({}, quick=True))
+"""What every row of the file has."""
 
 
 def bench(names: Sequence[str], settings: Settings, out: Path, tell: Tell) -> tuple[dict[str, Any], dict[str, str]]:
@@ -144,7 +146,8 @@ def read_rows(file: Path) -> list[Record]:
         if content["format"] != FORMAT or not isinstance(content["rows"], list):
             raise ValueError(f"format {content['format']}")
         for record in content["rows"]:
-            _place(record)
+            if set(record) != KEYS:
+                raise ValueError(f"a row has {', '.join(sorted(KEYS ^ set(record)))} too much or not at all")
         return list(content["rows"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HfClError(f"{file}: holds no rows of `hf-cl bench` ({error}). Give another --out.") from error

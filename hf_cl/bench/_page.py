@@ -39,12 +39,12 @@ def write_page(file: Path, records: Sequence[Record]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         marked = [record for record in records if record["mark"] is not None]
         main = _marks(marked, Path(scratch) / "marks.png") if marked else ""
-        for name in names:
+        for place, name in enumerate(names, start=1):
             rows = [record for record in records if record["benchmark"] == name]
-            main += _section(name, rows, Path(scratch) / f"{len(main)}.png")
+            main += _section(f"b{place}", name, rows, Path(scratch) / f"{place}.png")
     judged = [record["met"] for record in records if record["met"] is not None]
     lead = f"{len(records)} rows, {sum(judged)} of {len(judged)} marks met."
-    links = "".join(f'<li><a href="#{safe(name)}">{safe(name)}</a></li>' for name in names)
+    links = "".join(f'<li><a href="#b{place}">{safe(name)}</a></li>' for place, name in enumerate(names, start=1))
     header = (
         f'<h1>What hf_cl costs</h1>\n<p class="lead">{lead}</p>\n<nav aria-label="Benchmarks"><ul>{links}</ul></nav>'
     )
@@ -77,7 +77,7 @@ def _of_mark(record: Record) -> float | None:
     return float(share)
 
 
-def _section(name: str, rows: Sequence[Record], png: Path) -> str:
+def _section(place: str, name: str, rows: Sequence[Record], png: Path) -> str:
     whole = [record for record in rows if record["ratio"]]
     shown = whole if len(whole) <= MOST else [record for record in whole if record["mark"] is not None][:MOST]
     drawn = ""
@@ -90,8 +90,8 @@ def _section(name: str, rows: Sequence[Record], png: Path) -> str:
     machines = list(dict.fromkeys(_machine(record) for record in rows))
     said = "".join(f'<p class="conditions">{safe_line}</p>' for safe_line in machines)
     quick = '<p class="note">A quick run: sizes are shrunk, no figure means anything.</p>' if _quick(rows) else ""
-    return f"""<section id="{safe(name)}" aria-labelledby="{safe(name)}-name">
-<h2 id="{safe(name)}-name">{safe(name)} <small>{safe(_summary(name))}</small></h2>
+    return f"""<section id="{place}" aria-labelledby="{place}-name">
+<h2 id="{place}-name">{safe(name)} <small>{safe(_summary(name))}</small></h2>
 {said}{quick}{drawn}
 {table("Every row", columns, [_cells(record) for record in rows], text=True)}
 </section>

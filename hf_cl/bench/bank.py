@@ -20,6 +20,7 @@ Floor:
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from hf_cl.bench._child import in_child
 from hf_cl.bench._measure import anonymous, in_ms, timed, turns
 from hf_cl.bench._models import DENSITY, masked_entries, plain, with_lora
 from hf_cl.bench._row import Mark, Row, Settings, Tell
+from hf_cl.errors import HfClError
 from hf_cl.packing.shelf import config_of, open_entry
 from hf_cl.storage.bank_folder import FolderReader
 from hf_cl.storage.manifest import MANIFEST
@@ -92,7 +94,8 @@ def _rows(found: dict[str, Any], under: dict[str, Any]) -> Iterator[Row]:
             "bank", "attach the first task to a loaded base", under, 1000 * taken["attach"][0], "ms", "none derived"
         )
     for what, value in found.get("memory", {}).items():
-        yield Row("bank", what, under, value, "MB", "the composed copy of the masked weights, 4 bytes each")
+        least = f"{4e-6 * masked_entries(under['model']):.0f} MB: a composed copy of the masked weights"
+        yield Row("bank", f"memory above the base, {what}", under, value, "MB", least)
 
 
 # --- one bank in a process of its own -------------------------------------------------------------------
@@ -119,16 +122,15 @@ def measure(folder: str, size: str, tasks: int, device: str, count: int) -> dict
     }
     proved = turns(proving, max(2, count // tasks))
     taken |= {name: [second / tasks for second in seconds] for name, seconds in proved.items()}
-    before = anonymous()
     base = plain(size, device)
     held = anonymous()
     made: list[Any] = []
     taken["attach"] = [timed(lambda: made.append(bank.attach(base, [bank.tasks[0]])), device=device)]
     model = made[0]
-    memory = {"base": held - before, "one task attached": anonymous() - held}
+    memory = {"one task attached": anonymous() - held}
     if tasks > 1:  # the first task is the active one, which cannot be taken out
-        taken |= in_steps({**loading(bank, model), **activating(bank, model, size, device)}, count)
         memory["after every task was activated and left"] = visited(bank, model) - held
+        taken |= in_steps({**loading(bank, model), **activating(bank, model, size, device)}, count)
     floors = _floors(taken, masked_entries(size), manifest.stat().st_size, files[0].stat().st_size)
     return {"taken": taken, "floors": floors, "memory": {name: used / 1e6 for name, used in memory.items()}}
 
@@ -227,38 +229,49 @@ def find_stand_in() -> Any:
 
 
 def over_http(stand_in: Any, folder: Path, home: Path, count: int) -> dict[str, Any]:
-    """Return the seconds of pushing and pulling a bank and its bare folder."""
+    """Return the seconds of pushing and pulling a bank and its bare folder.
+
+    Raises:
+        HfClError: The stand-in failed.
+    """
     server = stand_in.Hub(home)
     try:
         asked = {"do": "hub", "folder": str(folder), "place": str(home), "count": count}
         found: dict[str, Any] = in_child("bank", asked, server.environment()).answer
     finally:
         server.close()
+    if server.bugs:
+        raise HfClError(f"bank: the stand-in for the Hub failed: {server.bugs[0].splitlines()[-1]}")
     return found
 
 
 def talk(folder: str, place: str, count: int) -> dict[str, Any]:
     """Return the seconds of each way in this process, whose environment names the server."""
-    numbers = {"push": 0, "upload_folder": 0}
-    names = iter(range(10**6))
-    bank = MaskBank.from_pretrained(folder)
+    bank, numbers = MaskBank.from_pretrained(folder), itertools.count()
 
-    def push() -> None:
-        bank.push_to_hub(f"alice/bank{numbers['push']}")
-        numbers["push"] += 1
+    def fresh(kind: str) -> str:
+        return f"{kind}{next(numbers)}"
 
-    def upload_folder() -> None:
-        name = f"alice/plain{numbers['upload_folder']}"
+    def push(name: str) -> None:
+        bank.push_to_hub(name)
+
+    def upload_folder(name: str) -> None:
         HfApi().create_repo(name)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
-        numbers["upload_folder"] += 1
-
-    def fresh() -> str:
-        return str(Path(place) / f"cache{next(names)}")
 
     def pull() -> None:
-        MaskBank.from_pretrained("alice/bank0", cache_dir=fresh()).save_pretrained(Path(fresh()))
+        cache, out = (Path(place) / fresh(kind) for kind in ("cache", "bank"))
+        MaskBank.from_pretrained("alice/ours", cache_dir=cache).save_pretrained(out)
 
-    pushed = turns({"push": push, RIVALS["push"]: upload_folder}, count)
-    pulling = {"pull": pull, RIVALS["pull"]: lambda: snapshot_download("alice/plain0", cache_dir=fresh())}
-    return {"taken": {**pushed, **turns(pulling, count)}}
+    pushing: dict[str, Callable[[], object]] = {
+        "push": lambda: push(fresh("alice/bank")),
+        RIVALS["push"]: lambda: upload_folder(fresh("alice/plain")),
+    }
+    pulling: dict[str, Callable[[], object]] = {
+        "pull": pull,
+        RIVALS["pull"]: lambda: snapshot_download("alice/theirs", cache_dir=Path(place) / fresh("cache")),
+    }
+    taken = turns(pushing, count)
+    push("alice/ours")
+    upload_folder("alice/theirs")
+    return {"taken": {**taken, **turns(pulling, count)}}

@@ -34,7 +34,7 @@ from torch import nn
 
 from hf_cl import MaskConfig
 from hf_cl.bench._child import in_child
-from hf_cl.bench._measure import BLOCK, Peak, anonymous, copy_rate, in_ms, product_rate, turns
+from hf_cl.bench._measure import BLOCK, Peak, copy_rate, in_ms, in_use, product_rate, turns
 from hf_cl.bench._models import DENSITY, LABELS, batch, lora_config, masked_entries, plain
 from hf_cl.bench._row import Mark, Row, Settings, Tell
 
@@ -147,15 +147,13 @@ def _peaks(size: str, length: int, settings: Settings, under: dict[str, Any]) ->
 
 def child(way: str, size: str, length: int, device: str) -> Callable[[], float]:
     """Return what measures, in a process of its own, the megabytes that a way's steps take at most."""
-    imported = anonymous()
+    imported = in_use(device)
 
     def work() -> float:
         made = Way(way, size, length, device)
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        with Peak() as peak:
+        with Peak(device) as peak:
             for _ in range(STEPS):
                 made.step()
-        return (peak.most - imported if device == "cpu" else torch.cuda.max_memory_allocated()) / 1e6
+        return (peak.most - imported) / 1e6
 
     return work

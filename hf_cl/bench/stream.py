@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 from hf_cl import plugins
 from hf_cl.bench._child import in_child
-from hf_cl.bench._measure import Peak, anonymous, quartiles
+from hf_cl.bench._measure import Peak, in_use, quartiles
 from hf_cl.bench._models import VOCABULARY, plain, tokenizer
 from hf_cl.bench._row import Mark, Row, Settings, Tell
 from hf_cl.data import Task, task_from_datasets
@@ -81,7 +81,7 @@ def _rows(under: dict[str, Any], found: dict[str, list[float]]) -> Iterator[Row]
 def child(size: str, method: str, tasks: int, device: str) -> Callable[[], dict[str, list[float]]]:
     """Return what learns a stream in a process of its own."""
     words = WORDS if VOCABULARY[size] > WORDS + 5 else VOCABULARY[size] - 5
-    imported = anonymous()
+    imported = in_use(device)
     base = Base(plain(size, labels=CLASSES), tokenizer(words), "random", ("classifier",))
     streamed = [task(number, words) for number in range(tasks)]
     options = plugins.load("methods", method).Options()
@@ -96,7 +96,7 @@ def child(size: str, method: str, tasks: int, device: str) -> Callable[[], dict[
             learner = Learner(base, None, options, args, max_length=LENGTH, evaluate="changed")
             folder = RunFolder.create(Path(place) / "run", learner.header())
             for one in streamed:
-                with Peak() as peak:
+                with Peak(device) as peak:
                     began = time.perf_counter()
                     learner.learn(one)
                     learner.add_to(folder)
