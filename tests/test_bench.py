@@ -1,6 +1,7 @@
 """`hf-cl bench`: what a row says, which rows are kept, and what becomes of a benchmark that fails."""
 
 import ast
+import importlib.util
 import json
 import platform
 import runpy
@@ -15,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_cl import plugins
-from hf_cl.bench import _gather, coding, step
+from hf_cl.bench import _gather, coding, merge, step, stream
 from hf_cl.bench._child import in_child
 from hf_cl.bench._measure import against, machine, quartiles, turns
 from hf_cl.bench._models import batch, masked, masked_entries, plain, shapes
@@ -177,6 +178,21 @@ def test_the_bound_is_that_of_independent_entries():
     assert coding.bound(np.ones((4, 4), np.bool_)) == 0.0
 
 
+def test_a_stream_grows_by_its_last_tasks_median_over_its_first_ones():
+    under = {"model": "minilm", "method": "supsup", "tasks": 100, "device": "cpu"}
+    each = [float(task) for task in range(1, 101)]
+    late, alone = list(stream._rows(under, {"seconds": each, "memory": each}))[:2]
+    assert (late.theirs, late.value, late.ratio) == (4.0, 97.5, 97.5 / 4)  # tasks 2 to 6, and 95 to 100
+    assert (alone.theirs, alone.value, alone.ratio) == (2.0, 100.0, 50.0)
+    assert late.record(HERE, quick=False)["met"] is False and alone.mark is None
+
+
+def test_a_streams_learner_measures_the_newest_task_alone():
+    learner = stream.Learner.__new__(stream.Learner)
+    learner.records = [{"metrics": {"a": {"accuracy": 1.0}}}, {"metrics": {}}]
+    assert learner._unchanged() == {"a": {"accuracy": 1.0}}
+
+
 # --- which rows are kept ------------------------------------------------------------------------
 
 
@@ -330,8 +346,41 @@ def test_every_benchmark_works_quickly(name, tmp_path):
     assert result.exit_code == 0, result.output
     rows = held(tmp_path)
     assert rows and all(found["benchmark"] == name and found["met"] is None for found in rows)
+    if name == "merge" and importlib.util.find_spec("mergekit") is None:
+        assert all(found["theirs"] is None and found["ratio"] is None for found in rows)
     if name == "bank":
         assert {"push", "pull", "load a task, verified"} <= {found["what"] for found in rows}
+
+
+MERGEKIT = {
+    "__init__": "",
+    "config": "class MergeConfiguration:\n    model_validate = staticmethod(dict)\n",
+    "options": "MergeOptions = dict\n",
+    "merge": "import pathlib\n\ndef run_merge(config, out, options):\n"
+    "    assert len(config['models']) == 3 and pathlib.Path(config['models'][0]['model']).is_dir()\n"
+    "    pathlib.Path(out).mkdir()\n",
+}
+"""As much of mergekit as is asked of it; that the real one takes this, was tried by hand."""
+
+
+@pytest.mark.slow
+def test_mergekit_is_run_in_an_environment_of_its_own(tmp_path):
+    for name, text in MERGEKIT.items():
+        (tmp_path / "fake" / "mergekit").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fake" / "mergekit" / f"{name}.py").write_text(text)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "fake"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    result = call("merge", "--quick", "--mergekit-python", python, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = held(tmp_path / "out")
+    assert {found["rival"] for found in rows} == {"mergekit"}
+    assert all(found["theirs"] >= 0 for found in rows)
+
+
+def test_a_python_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--mergekit-python .*nowhere: is no program"):
+        merge.rival(str(tmp_path / "nowhere"))
 
 
 # --- docs/results.md ----------------------------------------------------------------------------
