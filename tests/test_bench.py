@@ -6,6 +6,7 @@ import json
 import platform
 import runpy
 import sys
+import time
 import types
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from hf_cl import plugins
 from hf_cl.bench import _gather, coding, merge, step, stream
 from hf_cl.bench._child import in_child
-from hf_cl.bench._measure import against, machine, quartiles, turns
+from hf_cl.bench._measure import Peak, against, anonymous, machine, quartiles, turns
 from hf_cl.bench._models import batch, masked, masked_entries, plain, shapes
 from hf_cl.bench._row import Mark, Row, Settings
 from hf_cl.cli import app
@@ -138,6 +139,17 @@ def test_ways_take_turns_back_and_forth_after_a_call_that_does_not_count():
     taken = turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "ab" + "ba" + "ab" + "ba"
     assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_a_peak_is_kept_after_what_made_it_is_gone():
+    before, ended = anonymous(), time.monotonic() + 30
+    with Peak("cpu") as peak:
+        assert peak.most - before < 50e6
+        held = bytearray(b"1") * 100_000_000
+        while peak.most - before < 90e6 and time.monotonic() < ended:  # until the watcher has had its turn
+            time.sleep(0.001)
+        del held
+    assert 90e6 < peak.most - before < 150e6
 
 
 def test_the_machine_is_recorded_without_its_name_and_without_a_date():

@@ -9,8 +9,8 @@ Against: parsing the same manifest as JSON; sha256 of the same files; the same l
 
 Floor:
 
-- Open: reading and parsing the manifest, whose bytes grow with the tasks (1.3 kB each). Checking each field once
-  in Python costs several times the parsing, which runs in C.
+- Open: reading and parsing the manifest, whose bytes grow with the tasks (1.3 kB each). Parsing runs in C; each field
+  is checked once besides, in Python.
 - Verify on load: what a task computes with, N mask entries as a byte each and its head, goes through sha256 once. At
   this machine's rate of sha256, measured in the same run, the floor is 1 + that time by the time of a plain load.
 - Verify: the same for each task, with its file read, its masks decoded and its owners worked out.

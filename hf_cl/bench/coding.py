@@ -1,17 +1,18 @@
 """A mask's code: its bytes against the entropy bound, and how fast it goes, one core, beside other coders.
 
-Measured: one mask of a square layer of each model's width, entries kept independently of each other, from a seed. Ours
-is the code that a bank stores masks with (it knows how long a row is) and, as `flat`, the one it stores owners with.
+Measured: one mask of a square layer of each model's width, entries kept independently of each other, from a seed.
+Ours is the code that a bank stores masks with (it knows how long a row is) and, as `flat`, the one it stores owners
+with.
 
-Against: the bound, plain Golomb-Rice codes of the gaps, lzma and zstandard on packed bits, and constriction's ANS coder
-of each entry at the mask's density; zstandard and constriction where they are installed. Each code is decoded and
-compared before it counts. All coders take turns.
+Against: the bound, plain Golomb-Rice codes of the gaps, lzma and zstandard on packed bits, and constriction's ANS
+coder of each entry at the mask's density; zstandard and constriction where they are installed. Each code is decoded
+and compared before it counts. All coders take turns.
 
 Floor: independent entries at density p need H(p) = -p log2 p - (1 - p) log2(1 - p) bits each, whoever codes them; the
-bound is n H(p) / 8 bytes. (Coding their exact number apart would save some 10 bits a mask, and is paid by storing it.)
-Learned masks have structure, and go below this bound; docs/results.md has them. Decoding writes a byte an entry at
-least, so its floor is a copy's rate: thousands of millions of entries a second. Each kept entry costs a step of a coder
-besides, some nanoseconds, so p times that is the floor at larger densities.
+bound is n H(p) / 8 bytes. (Coding their exact number apart would save less than 10 bits a mask, and is paid by
+storing it.) Learned masks have structure, and go below this bound; docs/results.md has them. Decoding writes a byte
+an entry at least, so its floor is a copy's rate: thousands of millions of entries a second. Each kept entry costs a
+step of a coder besides, some nanoseconds, so p times that is the floor at larger densities.
 """
 
 import importlib.util

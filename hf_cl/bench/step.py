@@ -134,13 +134,13 @@ def _peaks(size: str, length: int, settings: Settings, under: dict[str, Any]) ->
     entries, parameters = masked_entries(size), sum(weight.numel() for weight in plain(size).parameters())
     activations = max(0.0, peaks[FULL] - 16e-6 * parameters)
     least = 1e-6 * (4 * parameters + 11 * entries) + activations
-    floor = f"{least / peaks[FULL]:.3f}: 4 bytes for each of {parameters / 1e6:.1f} M "
-    floor += f"parameters, 11 a masked weight, {activations:.0f} MB of activations as full fine-tuning has them"
+    said = f"4 bytes for each of {parameters / 1e6:.1f} M parameters, 11 a masked weight, {activations:.0f} MB of "
+    said += "activations as full fine-tuning has them"
     marks = {(VALUES, FULL): Mark(0.70) if length == MEMORY_LENGTH else None}
     for name, rival in ((VALUES, FULL), (VALUES, FROZEN), (MASKS, FULL), (LORA, FULL), (FROZEN, FULL)):
         yield Row(
             "step", f"peak memory, {name}", under, peaks[name], "MB", rival=rival, theirs=peaks[rival],
-            floor=floor if name == VALUES else "none derived: only the weight phase has a mark",
+            floor=f"{least / peaks[rival]:.3f}: {said}" if name == VALUES else "none derived: it is a rival here",
             ratio=peaks[name] / peaks[rival], mark=marks.get((name, rival)),
         )  # fmt: skip
 
