@@ -13,7 +13,7 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...",
+            metavar="NAME",
             help="As in step or switch; by default all. docs/benchmarks.md has them.",
             show_default=False,
         ),
