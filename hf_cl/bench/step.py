@@ -14,9 +14,9 @@ Floor, with N masked weights and T tokens a batch:
   reads the gradient and V and writes their product (12 N bytes) and reads the scores to compare and writes marks (5
   N). So the floor is 1 + the time of 17 N bytes by the time of a step. What is fixed a layer is not in it.
 - Weight phase: only claimed entries move, so AdamW's 28 N bytes fall away. Forward and the gradient of the inputs
-  stay, two products of three. The third is needed at 1 % of the entries alone, but a product that leaves the others
-  out is no dense product and runs far below its rate; with a dense one the floor is 1 - the time of 28 N bytes by a
-  step's.
+  stay, two products of three. Of the third 1 % of the entries is needed: inner products over the tokens, made one by
+  one in float32 on a CPU, where the floor is 1 - the time of 28 N bytes and of a product by a step's. An accelerator
+  makes the dense product, and saves the 28 N bytes alone.
 - LoRA reads the weights in two products, and its own in six small ones; it saves the third product and AdamW. So the
   floor of mask phase by LoRA is 3/2 where products are all that takes time.
 - Memory: full fine-tuning holds weights, gradients and two moments, 16 bytes a parameter P, besides the activations.
@@ -121,8 +121,8 @@ def _floors(size: str, length: int, step: float, device: str) -> dict[tuple[str,
     return {
         (MASKS, FROZEN): f"{1 + more / step:.3f}: {said}, 17 bytes a weight on top {1000 * more:.2f} ms",
         (MASKS, LORA): f"1.5 of what products take: {said}, LoRA needs two of the three",
-        (VALUES, FROZEN): f"{1 - less / step:.3f} with a dense gradient: AdamW's 28 bytes a weight are "
-        f"{1000 * less:.2f} ms of a step; {max(0.0, 1 - (less + products / 3) / step):.3f} without that product",
+        (VALUES, FROZEN): f"{max(0.0, 1 - (less + products / 3) / step):.3f}: AdamW's 28 bytes a weight are "
+        f"{1000 * less:.2f} ms of a step, a product {1000 * products / 3:.2f}; {1 - less / step:.3f} with a dense gradient",
     }
 
 
