@@ -265,6 +265,7 @@ def test_what_answers_is_the_merge_of_what_each_task_learned_from_the_base(base_
         assert equal(learner.method.carried(count - 1)["encoder"], models[count - 1])
 
 
+@pytest.mark.slow
 def test_the_coefficient_is_the_best_on_the_validation_rows_of_all_tasks_so_far(base_folder, tmp_path):
     learner = learn(base_folder, tmp_path / "merged", tiny.options("task_arithmetic"))
     base, models = encoders(base_folder, tmp_path / "alone")
@@ -358,6 +359,7 @@ def test_a_fisher_of_another_encoder_is_refused(base_folder, tmp_path):
 # --- learning happens -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_with_the_earlier_rows_an_earlier_task_is_remembered_better(base_folder, tmp_path):
     """Seen on training rows: a tiny base has no more to generalise from than the words."""
     kept = {}

@@ -285,6 +285,7 @@ def test_compiled_by_dynamo_alone_learns_the_same_bits(compiled, not_compiled):
     assert equal(state_of(model), state_of(not_compiled[0]))
 
 
+@pytest.mark.slow
 def test_compiled_with_autograd_learns_the_same_mask_and_values(compiled, not_compiled):
     nearly(compiled("aot_eager"), not_compiled)
 
@@ -313,6 +314,7 @@ def test_a_compiled_forward_sees_the_values_after_each_step(dynamo, bank, learn,
     assert equal(losses(), plain), "a forward that is not compiled does"
 
 
+@pytest.mark.slow
 def test_a_second_task_is_compiled_too(dynamo, bank, learn, token_rows):
     model = bank(layers=1)
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}

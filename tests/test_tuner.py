@@ -470,6 +470,7 @@ def test_gradients_at_few_entries_are_those_of_the_dense_product(kind, density):
     again = x.detach().clone().requires_grad_()
     given = apply_weight(layer, again, dense)
     given.backward(back)
+    assert copy.deepcopy(masked)(x.detach()).requires_grad
     # The product is the same one; sums over rows and outputs go in another order.
     assert torch.equal(out, given)
     torch.testing.assert_close(x.grad, again.grad, rtol=1e-5, atol=1e-5)

@@ -122,7 +122,7 @@ def _floors(size: str, length: int, step: float, device: str) -> dict[tuple[str,
         (MASKS, FROZEN): f"{1 + more / step:.3f}: {said}, 17 bytes a weight on top {1000 * more:.2f} ms",
         (MASKS, LORA): f"1.5 of what products take: {said}, LoRA needs two of the three",
         (VALUES, FROZEN): f"{max(0.0, 1 - (less + products / 3) / step):.3f}: AdamW's 28 bytes a weight are "
-        f"{1000 * less:.2f} ms of a step, a product {1000 * products / 3:.2f}; {1 - less / step:.3f} with a dense gradient",
+        f"{1000 * less:.2f} ms of a step, a product {1000 * products / 3:.2f}; {1 - less / step:.3f} with all three",
     }
 
 

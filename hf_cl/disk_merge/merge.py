@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+from tqdm import tqdm
 
 from hf_cl import plugins
 from hf_cl.checkpoints.reader import INDEX, Checkpoint, open_checkpoint, open_file

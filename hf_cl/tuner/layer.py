@@ -38,7 +38,7 @@ class MaskLinear(LayerTasks):
         self.register_buffer("live_mask", None, persistent=False)
         self._where: Tensor | None = None
         self._start: Tensor | None = None
-        self._entries: Tensor | None = None
+        self._entries: tuple[Tensor, Tensor] | None = None
         self._seen = (-1, -1)
         self._lacking = False
         self.plan: Plan | None = None
@@ -128,7 +128,8 @@ class MaskLinear(LayerTasks):
             self._where = self.trainable(adapter, mask)
             self._start = self.store.base_at(weight, self._where)
             shape = (weight.shape[0], weight.shape[1])
-            self._entries = compressed(self._where, torch.zeros_like(self._start), shape, transposed=False)
+            entries = compressed(self._where, torch.zeros_like(self._start), shape, transposed=False)
+            self._entries = (entries.crow_indices(), entries.col_indices())
             self._seen = (-1, -1)
             self.write_values()
 
@@ -156,7 +157,7 @@ class MaskLinear(LayerTasks):
             weight = JointWeight.apply(scores, values, weight, self.read_values(adapter), own, self.magnitude(adapter))
         elif trains and self._samples(x):
             stored = isinstance(layer, Conv1D)
-            return SampledLinear.apply(x, weight, layer.bias, values, self._entries, stored)
+            return SampledLinear.apply(x, weight, layer.bias, values, *self._entries, stored)  # type: ignore[misc]
         elif trains:
             weight = TrainedWeight.apply(
                 scores, values, weight, self.store.values, self._where, self.magnitude(adapter)

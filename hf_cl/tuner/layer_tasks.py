@@ -187,6 +187,10 @@ class LayerTasks(nn.Module, BaseTunerLayer):
         own = mask if self.configs[adapter].trains == "mask" else mask & (self.store.owner == FREE)
         return own.view(-1).nonzero().squeeze(1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what is derived: torch does not copy sparse tensors."""
+        return {**self.__dict__, "_derived": {}}
+
     def derived(self, adapter: str) -> dict[str, Any]:
         """Return what was made of a finished task's bits, V and the base, to keep more in; empty once one has moved."""
         bits, values, weight = self.hfcl_bits[adapter], self.store.values, self.base_weight
