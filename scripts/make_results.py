@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from learning_tables import speeds, starts, table
+
 from hf_cl.report.groups import UNIMPORTANT, Estimate, Group, Series, group
 from hf_cl.report.paired import difference, rival
 from hf_cl.report.read import Result, read_results
@@ -24,18 +26,12 @@ Accuracy is on test rows, after the last task, averaged over tasks; ± is the st
 accuracy is each task's right after it was learned; forgetting is Chaudhry's (0 is none; a minus sign would be a gain).
 Points against the best LoRA of the table are on the same test rows, with the 95 % interval of a paired bootstrap of
 10,000 draws over these rows, meant over the seeds that both have; an interval that holds 0 shows no difference. Bytes
-are bytes on disk: what a task adds, its head, what all tasks share, and what only learning the next task needs
-(carried). `exact` is measured: digests of all that a
+are bytes on disk: what a task adds, its head, what all tasks share (what routers know among it, `routing: 0` leaves
+that out), and what only learning the next task needs (carried). `exact` is measured: digests of all that a
 task's forward reads, and probe logits, recomputed from the saved files in a fresh process, equal those taken at its
 commit; an exact method's accuracy on a task never changes, so only the others have their matrices here. One seed a row
 fills a table; it is no claim that one method beats another.
 """
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def cells(series: Series, against: Series) -> list[str]:
@@ -326,6 +322,8 @@ def page() -> str:
         return [] if name in newer else [section_of(lines_of(f"{name}.jsonl"))]
 
     benchmarks = [
+        speeds(lines_of("learning.jsonl")),
+        starts(lines_of("learning.jsonl")),
         weights(json.loads((DOCS / "benchmarks" / "bytes.json").read_text("utf-8"))),
         *(costs(records) if records else ()),
         *older("coding", coders),

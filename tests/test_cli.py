@@ -118,7 +118,7 @@ def test_every_verb_takes_json_but_predict():
 
 def test_a_methods_options_are_its_dataclass():
     options = {option["name"]: option for option in json.loads(call("methods", "exssnet", "--json").stdout)["options"]}
-    assert (options["density"]["type"], options["density"]["default"]) == ("float", 0.01)
+    assert (options["density"]["type"], options["density"]["default"]) == ("float", 0.005)
     assert options["head_learning_rate"]["type"] == "float | None"
     assert all(option["help"] for option in options.values())
     assert "delta | prune | random" in call("methods", "exssnet").stdout

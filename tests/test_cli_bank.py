@@ -615,9 +615,9 @@ def test_a_plan_says_what_is_free_and_what_it_costs(base_folder):
 
 
 def test_a_plan_needs_no_model():
-    found = value("plan", "--tasks", "2", "--params", "1000000")
+    found = value("plan", "--tasks", "2", "--params", "1000000", "--density", "0.01")
     assert found["milestones"][0]["mask_bytes"] == 10100 and found["lora_bytes"] is None
-    said = done("plan", "--tasks", "2").stdout
+    said = done("plan", "--tasks", "2", "--density", "0.01").stdout
     assert "0.9801" in said and "Give --model or --params for the bytes" in said
     code = "import sys; from hf_cl import capacity; capacity.plan(2, .1); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -27,7 +27,7 @@ def plan(
     tasks: Annotated[int, typer.Option("--tasks", metavar="N", help="How many tasks.", show_default=False)],
     density: Annotated[
         float, typer.Option("--density", metavar="D", help="Share of entries that a mask keeps.")
-    ] = 0.01,
+    ] = 0.005,
     model: Annotated[
         str | None,
         typer.Option(

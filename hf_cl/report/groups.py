@@ -195,8 +195,9 @@ def _difference(first: dict[str, Any], other: dict[str, Any]) -> str:
     words = []
     for key in sorted({*first, *other}):
         if _canonical(first.get(key)) != _canonical(other.get(key)):
-            known = UNSPOKEN[key] if key in UNSPOKEN else f"{key.removeprefix('training.')} {_short(other.get(key))}"
-            words.append(f"{other['split']} rows" if key == "split" else known)
+            name = key.removeprefix("training.")
+            said = f"{name} {_short(other[key])}" if key in other else f"no {name}"
+            words.append(f"{other['split']} rows" if key == "split" else UNSPOKEN.get(key, said))
     return ", ".join(words)
 
 

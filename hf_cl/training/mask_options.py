@@ -29,7 +29,7 @@ class ScoreOptions:
 class MaskOptions(ScoreOptions):
     """Options of a method whose masks keep a share of each layer's entries."""
 
-    density: float = option(0.01, help="Share of each layer's entries that a task's mask keeps.", above=0, most=1)
+    density: float = option(0.005, help="Share of each layer's entries that a task's mask keeps.", above=0, most=1)
     compose: str = option("delta", help="Form of the store: delta, prune or random.", choices=COMPOSES)
     scale: float | None = option(
         None, help="Magnitude of the store's start, in deviations of the layer's weight; none: by the density.", above=0
