@@ -353,7 +353,7 @@ def test_whole_numbers_with_a_scale_a_row_are_exact_after_the_first_rounding():
 # --- streams ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["supsup", "exssnet"])
+@pytest.mark.parametrize("method", [pytest.param("supsup", marks=pytest.mark.slow), "exssnet"])
 def test_a_stream_goes_on_from_a_bank_and_its_run_holds_both(base_folder, tmp_path, method):
     first = tiny.write_recipe(tmp_path, base_folder)
     tiny.write_task(tmp_path / "data", "food")

@@ -28,6 +28,7 @@ pytest_plugins = ["tiny"]
 
 TASKS = ("pets", "weather", "food")
 MERGES = ("average", "task_arithmetic", "ties", "wise_ft")
+ALIKE, SLOW = ("task_arithmetic", "wise_ft"), pytest.mark.slow
 
 
 class Watched(Trainer):
@@ -254,7 +255,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("method", MERGES)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=SLOW if name in ALIKE else ()) for name in MERGES])
 def test_what_answers_is_the_merge_of_what_each_task_learned_from_the_base(base_folder, tmp_path, method):
     options, rule = RULES[method]
     base, models = encoders(base_folder, tmp_path / "alone")

@@ -30,10 +30,17 @@ EXACT = ("supsup", "exssnet", "lora", "independent")
 FORGET = (
     "average", "ewc", "finetune", "joint", "l2", "replay", "sfa", "ssnet", "task_arithmetic", "ties", "wise_ft",
 )  # fmt: skip
+MERGED_ALIKE = ("average", "task_arithmetic", "wise_ft")
+"""What differs from `ties` is the rule alone, and tests/test_merging.py and tests/test_rivals.py hold that."""
 STATE = ("average", "ewc", "replay", "task_arithmetic", "ties", "wise_ft")
 """Methods whose next task needs more of the earlier ones than answers them."""
 SETTINGS = {"exssnet": ["method.start=fresh"], "replay": ["method.share=0.25"]}
 QUICK = ["training.num_train_epochs=1"]
+
+
+def each(*methods):
+    """Return methods as parameters of a test; one of those that merge is enough for the default run."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in MERGED_ALIKE else name for name in methods]
 
 
 def overrides(method):
@@ -97,7 +104,7 @@ def task_files(run):
 # --- results -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*EXACT, *FORGET])
+@pytest.mark.parametrize("method", each(*EXACT, *FORGET))
 def test_the_results_say_what_was_measured(finished, method):
     run, found = finished(method)
     assert set(KEYS) <= set(found)
@@ -121,7 +128,7 @@ def test_an_exact_method_is_exact_and_forgets_nothing(finished, method):
     assert found["owned_digest_before"] == found["owned_digest_after"]
 
 
-@pytest.mark.parametrize("method", FORGET)
+@pytest.mark.parametrize("method", each(*FORGET))
 def test_a_method_without_protection_is_not_called_exact(finished, method):
     _, found = finished(method)
     assert found["exact"] is False
@@ -137,7 +144,7 @@ def test_exact_is_what_verifying_said(tiny_recipe, tmp_path, monkeypatch, moved)
     assert run_stream(load(tiny_recipe), tmp_path / "run")["exact"] is False
 
 
-@pytest.mark.parametrize("method", [*EXACT, *FORGET])
+@pytest.mark.parametrize("method", each(*EXACT, *FORGET))
 def test_the_bytes_are_those_on_the_disk(finished, method):
     run, found = finished(method)
     named = manifest_of(run)["tasks"]
@@ -210,7 +217,7 @@ def interrupt(recipe, run, monkeypatch, at=1):
             run_stream(recipe, run)
 
 
-@pytest.mark.parametrize("method", [*EXACT, *(method for method in FORGET if method != "ssnet")])
+@pytest.mark.parametrize("method", each(*EXACT, *(method for method in FORGET if method != "ssnet")))
 def test_a_resumed_run_is_the_uninterrupted_one(finished, tiny_recipe, tmp_path, monkeypatch, here, method):
     recipe, run = load(tiny_recipe, method), tmp_path / "run"
     interrupt(recipe, run, monkeypatch)
