@@ -187,7 +187,8 @@ def banks(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     said = (
         "MiniLM, random masks of density .01, float32, two cores; medians. Switching is between loaded tasks, with "
-        "their heads and labels; the copy is the least that a dense switch costs. LoRA r8 is PEFT's."
+        "their heads and labels; the copy is the least that a dense switch costs. LoRA r8 is PEFT's. Taken before "
+        "switching kept patches (docs/log.md)."
     )
     return f"## Opening and switching\n\n{said}\n\n{table(list(columns.values()), lines)}\n"
 

@@ -32,7 +32,7 @@ def held(file):
 
 def lacking(text):
     """Return what is named in a text and is not there."""
-    known = {file: held(file) for file, _ in pairs(text)}
+    known = {file: held(file) for file in {file for file, _ in pairs(text)}}
     gone = [f"{file}::{test}" for file, test in pairs(text) if test not in known[file]]
     words = {
         "hf-cl": set(typer.main.get_command(app).commands),

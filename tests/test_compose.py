@@ -166,6 +166,13 @@ def test_there_and_back_again_gives_the_same_bits(compose, a, b, dtype):
     assert same_bits(store.weight, before) and not same_bits(between, before)
 
 
+def test_what_was_written_follows_the_weight_to_another_device():
+    store = moved_store("delta", pretrained())
+    store.show(pretrained(), random_mask(0.05))
+    store.to("meta")
+    assert {tensor.device.type for tensor in (store.weight, *store._written)} == {"meta"}
+
+
 @pytest.mark.parametrize("density", [0.05, 0.9])
 @pytest.mark.parametrize("compose", COMPOSES)
 def test_values_in_training_leave_no_trace_once_another_task_is_shown(compose, density):

@@ -32,7 +32,7 @@ from hf_cl.bench._measure import against, in_ms, turns
 from hf_cl.bench._models import DENSITY, batch, masked, plain, with_lora
 from hf_cl.bench._row import Mark, Row, Settings, Tell
 from hf_cl.layers.linear import apply_weight
-from hf_cl.masks.compose import clear_entries, pick, positions, put
+from hf_cl.masks.compose import put
 from hf_cl.tuner.rows import Rows
 
 BASE, ATTACHED, MERGED, LORA = "base", "attached", "merged", "lora"
@@ -48,16 +48,13 @@ class Composed(Rows):
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """Return a masked linear's output."""
-        weight, out = layer.base_weight, None
-        scratch = layer.__dict__.setdefault("_scratch", weight.detach().clone())
-        kept = layer.__dict__.setdefault("_kept", {})
+        out = None
+        scratch = layer.__dict__.setdefault("_scratch", layer.base_weight.detach().clone())
         for adapter, rows in self._of(x):
-            if adapter not in kept:
-                kept[adapter] = positions(layer.mask(adapter).view(-1))
-            where = kept[adapter]
-            put(scratch, where, pick(weight, where) + pick(layer.store.values, where))
+            patch = layer.patch(adapter)
+            put(scratch, patch.where, patch.shown)
             part = apply_weight(layer.base_layer, x[rows], scratch)
-            clear_entries(scratch, weight, where, delta=True)
+            put(scratch, patch.where, patch.bare)
             out = part.new_empty(*x.shape[:-1], part.shape[-1]) if out is None else out
             out[rows] = part
         assert out is not None

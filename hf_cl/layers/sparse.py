@@ -56,8 +56,7 @@ class SampledLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         values: Tensor,
-        edges: Tensor,
-        columns: Tensor,
+        matrix: Tensor,
         stored: bool,
     ) -> Tensor:
         """Return (..., out), float32.
@@ -68,13 +67,12 @@ class SampledLinear(torch.autograd.Function):
             weight: The composed weight as it is stored, float32: (out, in), or (in, out).
             bias: (out,), which does not train, or None.
             values: float32; the first of them train, at the entries in storage order.
-            edges: Where these are, as CSR of the weight's shape: (rows + 1,), where each row begins.
-            columns: Their columns.
+            matrix: Where these are: CSR of the stored shape, float32; its values are not read.
             stored: The weight is stored (in, out), as GPT-2's `Conv1D` does.
         """
         context: Any = ctx
         context.save_for_backward(x, weight)
-        context.edges, context.columns, context.stored, context.size = edges, columns, stored, values.shape[0]
+        context.matrix, context.stored, context.size = matrix, stored, values.shape[0]
         return F.linear(x, weight.t() if stored else weight, bias)
 
     @staticmethod
@@ -85,14 +83,10 @@ class SampledLinear(torch.autograd.Function):
         back = grads[0] @ (weight.t() if context.stored else weight) if context.needs_input_grad[0] else None
         given, out = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         left, right = (given, out) if context.stored else (out, given)
-        blank = torch.zeros(context.columns.shape[0])
-        entries = torch.sparse_csr_tensor(
-            context.edges, context.columns, blank, tuple(weight.shape), check_invariants=False
-        )
-        found = torch.sparse.sampled_addmm(entries, left.t(), right, beta=0.0).values()
+        found = torch.sparse.sampled_addmm(context.matrix, left.t(), right, beta=0.0).values()
         picked = torch.zeros(context.size, dtype=torch.float32)
         picked[: found.shape[0]] = found
-        return back, None, None, picked, None, None, None
+        return back, None, None, picked, None, None
 
 
 class SparseProduct(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cl.errors import BaseModelError
-from hf_cl.masks.compose import clear_entries, pick, positions, put, start_store, write_entries
+from hf_cl.masks.compose import pick, positions, put, start_store
 from hf_cl.ownership.owner import all_free
 
 DENSE_FROM = 0.125
@@ -47,7 +47,9 @@ class MaskStore(nn.Module):
         self.register_buffer("values", self.start(weight), persistent=False)
         self.register_buffer("owner", all_free(tuple(weight.shape), weight.device), persistent=False)
         self.register_buffer("weight", self._empty(weight), persistent=False)
-        self._written: Tensor | Patch | None = None
+        # What was written into the composed weight: a patch, or all of it in one pass.
+        self._written: Patch | None = None
+        self._whole = False
 
     @property
     def delta(self) -> bool:
@@ -57,7 +59,10 @@ class MaskStore(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskStore":
         """Follow the model to another device; refuse another dtype, which would round what tasks own."""
         self.refuse_cast(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._written is not None:
+            self._written = Patch(*(tensor.to(self.weight.device) for tensor in self._written))
+        return self
 
     def refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Refuse a change of dtype.
@@ -81,7 +86,7 @@ class MaskStore(nn.Module):
     def reset(self, weight: Tensor) -> None:
         """Make the composed weight A again in one pass, whatever wrote to it."""
         self.weight.copy_(self._empty(weight))
-        self._written = None
+        self._written, self._whole = None, False
 
     def show(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> None:
         """Make the composed weight `A + mask * V`.
@@ -98,35 +103,32 @@ class MaskStore(nn.Module):
             full = weight.float() + values if self.delta else values
             rest = weight if self.delta else torch.zeros((), dtype=weight.dtype, device=weight.device)
             self.weight.copy_(torch.where(mask, full.to(weight.dtype), rest))
-            self._written = flat
+            self._written, self._whole = None, True
         else:
-            where = positions(flat)
-            self.clear(weight)
-            write_entries(self.weight, weight, values, where, delta=self.delta)
-            self._written = where
+            self.show_patch(weight, self.patch(weight, mask, values))
 
-    def patch(self, weight: Tensor, mask: Tensor) -> Patch:
-        """Return what the mask changes in the base's weight; it holds until the mask, V or the base's weight moves."""
+    def patch(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Patch:
+        """Return what a mask changes in the base's weight, its arguments being those of `show`.
+
+        It holds until the mask, V or the base's weight moves. Sums are float32, rounded once to the weight's dtype.
+        """
         where = positions(mask.view(-1))
-        bare = self.base_at(weight, where)
-        return Patch(where, (bare + pick(self.values, where)).to(weight.dtype), bare.to(weight.dtype))
+        bare, own = self.base_at(weight, where), pick(self.values if values is None else values, where)
+        return Patch(where, (bare + own if self.delta else own).to(weight.dtype), bare.to(weight.dtype))
 
     def show_patch(self, weight: Tensor, patch: Patch) -> None:
-        """Make the composed weight the base's with a patch, to the very bits of `show`."""
+        """Make the composed weight the base's with a patch."""
         self.clear(weight)
         put(self.weight, patch.where, patch.shown)
         self._written = patch
 
     def clear(self, weight: Tensor) -> None:
         """Make the composed weight A again."""
-        written = self._written
-        if isinstance(written, Patch):
-            put(self.weight, written.where, written.bare)
-        elif written is not None and written.dtype == torch.bool:
+        if self._whole:
             self.reset(weight)
-        elif written is not None:
-            clear_entries(self.weight, weight, written, delta=self.delta)
-        self._written = None
+        elif self._written is not None:
+            put(self.weight, self._written.where, self._written.bare)
+            self._written = None
 
     def write(self, base: Tensor, where: Tensor, values: Tensor) -> None:
         """Set composed entries to `base + values` while a task's own values train; V itself stays.

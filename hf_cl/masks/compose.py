@@ -75,19 +75,6 @@ def positions(flat: Tensor) -> Tensor:
     return flat.nonzero().squeeze(1)
 
 
-def write_entries(out: Tensor, weight: Tensor, store: Tensor, where: Tensor, *, delta: bool) -> None:
-    """Write `A + V` into `out` at flat positions `where`; arithmetic in float32, rounded once to `out`'s dtype."""
-    values = pick(store, where)
-    if delta:
-        values = pick(weight, where).float() + values
-    put(out, where, values)
-
-
-def clear_entries(out: Tensor, weight: Tensor, where: Tensor, *, delta: bool) -> None:
-    """Write `A` back into `out` at flat positions `where`."""
-    put(out, where, pick(weight, where) if delta else torch.zeros(where.shape[0], dtype=out.dtype, device=out.device))
-
-
 def pick(tensor: Tensor, where: Tensor) -> Tensor:
     """Return a tensor's entries at flat positions."""
     flat = tensor.detach().view(-1)

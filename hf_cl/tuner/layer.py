@@ -38,10 +38,14 @@ class MaskLinear(LayerTasks):
         self.register_buffer("live_mask", None, persistent=False)
         self._where: Tensor | None = None
         self._start: Tensor | None = None
-        self._entries: tuple[Tensor, Tensor] | None = None
+        self._pattern: Tensor | None = None
         self._seen = (-1, -1)
         self._lacking = False
         self.plan: Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what is derived; the next forward makes it."""
+        return {**super().__getstate__(), "_pattern": None}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active and compose its weight; a committed one never trains again.
@@ -108,7 +112,7 @@ class MaskLinear(LayerTasks):
     def compose(self) -> None:
         """Make the composed weight that of the active adapter, in its phase."""
         adapter, weight = self._adapter(), self.base_weight
-        self._where = self._start = None
+        self._where = self._start = self._pattern = None
         if adapter is None or weight.is_meta or self.hfcl_scores[adapter].is_meta:
             return
         phase = self.phase(adapter)
@@ -127,9 +131,6 @@ class MaskLinear(LayerTasks):
         if phase == "weight":
             self._where = self.trainable(adapter, mask)
             self._start = self.store.base_at(weight, self._where)
-            shape = (weight.shape[0], weight.shape[1])
-            entries = compressed(self._where, torch.zeros_like(self._start), shape, transposed=False)
-            self._entries = (entries.crow_indices(), entries.col_indices())
             self._seen = (-1, -1)
             self.write_values()
 
@@ -155,19 +156,20 @@ class MaskLinear(LayerTasks):
         if trains and self.live_mask is not None and self.is_joint(adapter):
             own = self.live_mask & (self.store.owner == FREE)
             weight = JointWeight.apply(scores, values, weight, self.read_values(adapter), own, self.magnitude(adapter))
-        elif trains and self._samples(x):
-            stored = isinstance(layer, Conv1D)
-            return SampledLinear.apply(x, weight, layer.bias, values, *self._entries, stored)  # type: ignore[misc]
+        elif trains and self._where is not None and self._samples(x, self._where):
+            if self._pattern is None:
+                shape = (weight.shape[0], weight.shape[1])
+                self._pattern = compressed(self._where, torch.zeros(len(self._where)), shape, transposed=False)
+            return SampledLinear.apply(x, weight, layer.bias, values, self._pattern, isinstance(layer, Conv1D))
         elif trains:
             weight = TrainedWeight.apply(
                 scores, values, weight, self.store.values, self._where, self.magnitude(adapter)
             )
         return apply_weight(layer, x, weight)
 
-    def _samples(self, x: Tensor) -> bool:
-        """Return whether the values' gradients are taken at their entries alone."""
-        where = self._where
-        return where is not None and not torch.compiler.is_compiling() and is_sampled(x, self.store.weight, len(where))
+    def _samples(self, x: Tensor, where: Tensor) -> bool:
+        """Return whether the gradients of the values that train at `where` are taken there alone."""
+        return not torch.compiler.is_compiling() and is_sampled(x, self.store.weight, len(where))
 
     def common(self, x: Tensor) -> Tensor:
         """Return `x A^T + b`, which all tasks share; A is the base's weight with `delta`, else 0."""
