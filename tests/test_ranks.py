@@ -271,3 +271,9 @@ def test_a_repeat_gives_the_same_bits(jobs, recipe, tmp_path, world):
         require(jobs.run(recipe, tmp_path / name, world, *QUICK), *[0] * world)
     assert task_files(tmp_path / "one") == task_files(tmp_path / "other")
     assert Path(tmp_path / "one" / "results.json").is_file()
+
+
+def test_two_ranks_train_values_so_few_that_their_gradients_are_taken_one_by_one(jobs, recipe, tmp_path):
+    """DDP waits for whatever requires a gradient: also for the scores, which such a weight phase does not read."""
+    sparse = ["method.density=0.02", "training.num_train_epochs=12"]
+    require(jobs.run(recipe, tmp_path / "run", 2, *QUICK, *sparse), 0, 0)

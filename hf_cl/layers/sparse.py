@@ -56,6 +56,7 @@ class SampledLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         values: Tensor,
+        scores: Tensor,
         matrix: Tensor,
         stored: bool,
     ) -> Tensor:
@@ -67,6 +68,7 @@ class SampledLinear(torch.autograd.Function):
             weight: The composed weight as it is stored, float32: (out, in), or (in, out).
             bias: (out,), which does not train, or None.
             values: float32; the first of them train, at the entries in storage order.
+            scores: At rest, and not read; they are in the graph because DDP waits for all that requires a gradient.
             matrix: Where these are: CSR of the stored shape, float32; its values are not read.
             stored: The weight is stored (in, out), as GPT-2's `Conv1D` does.
         """
@@ -77,7 +79,7 @@ class SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return gradients for (x, values); the other inputs do not train."""
+        """Return gradients for (x, values); no other input trains."""
         context: Any = ctx
         x, weight = context.saved_tensors
         back = grads[0] @ (weight.t() if context.stored else weight) if context.needs_input_grad[0] else None
@@ -86,7 +88,7 @@ class SampledLinear(torch.autograd.Function):
         found = torch.sparse.sampled_addmm(context.matrix, left.t(), right, beta=0.0).values()
         picked = torch.zeros(context.size, dtype=torch.float32)
         picked[: found.shape[0]] = found
-        return back, None, None, picked, None, None
+        return back, None, None, picked, None, None, None
 
 
 class SparseProduct(torch.autograd.Function):

@@ -160,7 +160,7 @@ class MaskLinear(LayerTasks):
             if self._pattern is None:
                 shape = (weight.shape[0], weight.shape[1])
                 self._pattern = compressed(self._where, torch.zeros(len(self._where)), shape, transposed=False)
-            return SampledLinear.apply(x, weight, layer.bias, values, self._pattern, isinstance(layer, Conv1D))
+            return SampledLinear.apply(x, weight, layer.bias, values, scores, self._pattern, isinstance(layer, Conv1D))
         elif trains:
             weight = TrainedWeight.apply(
                 scores, values, weight, self.store.values, self._where, self.magnitude(adapter)
