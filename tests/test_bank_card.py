@@ -244,6 +244,7 @@ def base_on_hub(hub, tmp_path):
     return hub
 
 
+@pytest.mark.slow
 def test_what_one_process_learns_and_pushes_another_pulls_by_the_card_and_answers_with_the_same_bits(
     base_on_hub, tmp_path
 ):

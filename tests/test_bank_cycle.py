@@ -55,7 +55,8 @@ tell(MaskBank.from_pretrained("alice/bank", revision={commit!r}))
 """
 
 
-@pytest.mark.parametrize("method", ["supsup", pytest.param("exssnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["supsup", "exssnet"])
 def test_a_bank_is_pushed_pulled_verified_extended_and_pushed_again(hub, base_folder, tmp_path, method):
     def step(code, **values):
         start = START.format(base=str(base_folder), place=str(tmp_path))

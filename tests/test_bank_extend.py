@@ -19,7 +19,7 @@ from hf_cl.recipe import load
 
 pytest_plugins = ["tiny"]
 FIRST, LATER = ("pets", "weather"), ("food",)
-WAYS = ["supsup", "exssnet", "mask_config"]
+WAYS = ["exssnet", *(pytest.param(way, marks=pytest.mark.slow) for way in ("supsup", "mask_config"))]
 
 
 def config_of(way):
@@ -353,7 +353,8 @@ def test_whole_numbers_with_a_scale_a_row_are_exact_after_the_first_rounding():
 # --- streams ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [pytest.param("supsup", marks=pytest.mark.slow), "exssnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["supsup", "exssnet"])
 def test_a_stream_goes_on_from_a_bank_and_its_run_holds_both(base_folder, tmp_path, method):
     first = tiny.write_recipe(tmp_path, base_folder)
     tiny.write_task(tmp_path / "data", "food")

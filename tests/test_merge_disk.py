@@ -302,6 +302,7 @@ ROWS, COLUMNS = 3072, 1024
 LARGEST = 4 * ROWS * COLUMNS
 
 
+@pytest.mark.slow
 def test_memory_stays_under_four_times_the_largest_tensor_whatever_the_size(plain, tmp_path):
     """Six tensors of 12 MB, three checkpoints in three shards each."""
     for seed, name in enumerate(("base", "a", "b")):

@@ -292,6 +292,7 @@ def call_verify(run, model):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_so_by_its_exit_code(saved, run, base_folder):
     done = call_verify(saved[0], base_folder)
     assert (done.returncode, json.loads(done.stdout)["exact"]) == (0, True), done.stderr
