@@ -270,12 +270,14 @@ COSTS = ("what", "under", "ours", "rival", "rival's", "ratio", "mark", "met", "f
 
 def costs(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the sections of `hf-cl bench`: its marks, then every row of each benchmark."""
-    machines = dict.fromkeys(machine_of(record) for record in records)
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        machines.setdefault(machine_of(record), []).append(record)
     said = (
         "From `hf-cl bench` (docs/benchmarks.md): a ratio is ours by the rival's in turns of one run, median and "
-        "quartiles. Load is that of the machine before and after."
+        "quartiles. Load is what the system said before a benchmark began."
     )
-    lines = "\n".join(f"- {line}" for line in machines)
+    lines = "\n".join(f"- {line}; {loads_of(held)}" for line, held in machines.items())
     marked = [cost_cells(record) for record in records if record["mark"] is not None]
     made = [f"## What it costs\n\n{said}\n\n{lines}\n\n{table(COSTS, marked)}\n"]
     for name in dict.fromkeys(record["benchmark"] for record in records):
@@ -309,11 +311,16 @@ def cost_cells(record: Mapping[str, Any]) -> list[str]:
 
 
 def machine_of(record: Mapping[str, Any]) -> str:
-    """Return the machine that a row was measured on, in one line."""
-    here = dict(record["machine"])
+    """Return the machine that a row was measured on, in one line, without its load."""
+    here = {key: value for key, value in record["machine"].items() if not key.startswith("load")}
     versions = ", ".join(f"{key} {value}" for key, value in here.pop("versions").items())
-    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in here.items())
-    return f"{record['benchmark']}: {said}; {versions}"
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in here.items()) + f"; {versions}"
+
+
+def loads_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the load before each benchmark."""
+    loads = {record["benchmark"]: record["machine"]["load_before"] for record in records}
+    return "load before " + ", ".join(f"{name} {load:.1f}" for name, load in loads.items())
 
 
 def coder_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
