@@ -233,7 +233,7 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = ["processes", "batch of each", "accumulation", "precision", "average accuracy", "same bank again"]
     figures = [f"{phase} phase, {unit}" for unit in ("ms a step", "bytes a step") for phase in ("mask", "weight")]
     said = (
-        "ExSSNeT with KKT at density .01 on the first three domains of CLINC150, MiniLM-L6, over gloo on a CPU with two "
+        "ExSSNeT with KKT at density .01, the first three domains of CLINC150, MiniLM-L6, over gloo on a CPU with two "
         "cores and one thread a process: four processes share them. The global batch is 32 everywhere. Three "
         "accuracies in a row are those of seeds 0, 1 and 2: the noise of one process. Bytes are what a rank gave to "
         "be reduced."

@@ -12,7 +12,7 @@ from hf_cl.plots import INK, PAPER, QUIET, new_figure, save_figure, shortened
 from hf_cl.report.axes import COLOURS, frame
 from hf_cl.report.document import document, picture
 from hf_cl.report.tables import table
-from hf_cl.report.words import NONE, plain, safe
+from hf_cl.report.words import NONE, escaped, plain, safe
 from hf_cl.storage.disk import write_atomic
 
 WIDTH, MOST, LONGEST = 10.4, 40, 78
@@ -91,7 +91,7 @@ def _section(place: str, name: str, rows: Sequence[Record], png: Path) -> str:
     said = "".join(f'<p class="conditions">{safe_line}</p>' for safe_line in machines)
     quick = '<p class="note">A quick run: sizes are shrunk, no figure means anything.</p>' if _quick(rows) else ""
     return f"""<section id="{place}" aria-labelledby="{place}-name">
-<h2 id="{place}-name">{safe(name)} <small>{safe(_summary(name))}</small></h2>
+<h2 id="{place}-name">{safe(name)} <small>{escaped(_summary(name))}</small></h2>
 {said}{quick}{drawn}
 {table("Every row", columns, [_cells(record) for record in rows], text=True)}
 </section>
@@ -114,7 +114,7 @@ def _cells(record: Record) -> list[str]:
         between or NONE,
         safe(record["mark"]["text"]) if record["mark"] else NONE,
         _met(record),
-        safe(record["floor"]),
+        escaped(record["floor"]),
     ]
 
 

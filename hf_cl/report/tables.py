@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from hf_cl.report.groups import Estimate, Group, Series
 from hf_cl.report.paired import difference, rival
 from hf_cl.report.read import Result
-from hf_cl.report.words import NONE, duration, number, safe, size
+from hf_cl.report.words import NONE, duration, escaped, number, safe, size
 
 Figure = Callable[[Result], float | None]
 
@@ -29,7 +29,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *
     mark = ' class="text"' if text else ""
     body = "\n".join(lines)
     return (
-        f'<div class="scroll"><table{mark}><caption>{safe(caption)}</caption>'
+        f'<div class="scroll"><table{mark}><caption>{escaped(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 

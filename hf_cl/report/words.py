@@ -47,9 +47,14 @@ def plain(value: Any) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
+def escaped(value: Any) -> str:
+    """Return a text, our own or made of one name, as HTML text, whatever its length."""
+    return html.escape(plain(value))
+
+
 def safe(value: Any) -> str:
     """Return a value of data as HTML text; what is very long is cut, and whole in its title."""
     text = plain(value)
     if len(text) <= LONGEST:
-        return html.escape(text)
+        return escaped(text)
     return f'<span title="{html.escape(text)}">{html.escape(text[: LONGEST - 1])}…</span>'
