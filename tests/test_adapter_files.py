@@ -378,6 +378,7 @@ def blocks(card):
     return card.read_text("utf-8").count("```python\n")
 
 
+@pytest.mark.slow
 def test_without_the_import_loading_is_a_bare_key_error_and_the_cards_own_code_gives_equal_logits(named, tmp_path):
     model = named()
     model.save_pretrained(tmp_path / "bank")

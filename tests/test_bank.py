@@ -25,7 +25,7 @@ NAMES = ("pets", "weather", "food")
 SUBSETS = [("pets",), ("weather",), ("food",), ("food", "pets"), ("weather", "food"), NAMES]
 
 
-@pytest.fixture(scope="module", params=["supsup", "exssnet"])
+@pytest.fixture(scope="module", params=[pytest.param("supsup", marks=pytest.mark.slow), "exssnet"])
 def learned(request, base_folder, tmp_path_factory):
     """A learner of three tasks, its bank in a folder, and each task's logits."""
     place = tmp_path_factory.mktemp(request.param)

@@ -442,6 +442,7 @@ MaskBank.from_learner(learner).save_pretrained(sys.argv[1])
     assert {0, 1, FREE} <= set(owner.unique().tolist())
 
 
+@pytest.mark.slow
 def test_a_run_of_three_tasks_leaves_finished_ones_on_disk_and_may_start_from_them(base_folder, tmp_path):
     recipe = tiny.write_recipe(
         tmp_path, base_folder, ("pets", "weather", "food"), method={"name": "exssnet", "density": 0.1, "start": "kkt"}

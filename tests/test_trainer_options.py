@@ -295,6 +295,7 @@ def test_compiled_by_inductor_learns_the_same_mask_and_values(compiled, not_comp
     nearly(compiled("inductor"), not_compiled)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_sees_the_values_after_each_step(dynamo, bank, learn, token_rows, monkeypatch):
     four = token_rows(0, 2, 4)
 

@@ -19,9 +19,10 @@ Floor, with N masked weights and T tokens a batch:
   makes the dense product, and saves the 28 N bytes alone.
 - LoRA reads the weights in two products, and its own in six small ones; it saves the third product and AdamW. So the
   floor of mask phase by LoRA is 3/2 where products are all that takes time.
-- Memory: full fine-tuning holds weights, gradients and two moments, 16 bytes a parameter P, besides the activations.
-  The weight phase holds the weights, a composed copy of the masked ones, the store of values, owners (int16) and
-  masks: 4 P + 11 N, and one layer's gradient.
+- Memory is most where the backward pass begins: all activations are there, and no gradient yet. The weight phase then
+  holds the weights, a composed copy of the masked ones, the store of values, owners (int16) and masks: 4 P + 11 N bytes
+  with P parameters. Fine-tuning with frozen embeddings holds 4 P + 8 N, its moments; the rest of its peak are the
+  activations, which the weight phase needs as well.
 """
 
 from collections.abc import Callable, Iterator
@@ -132,10 +133,10 @@ def _peaks(size: str, length: int, settings: Settings, under: dict[str, Any]) ->
         asked = {"way": name, "size": size, "length": length, "device": settings.device}
         peaks[name] = float(in_child("step", asked).answer)
     entries, parameters = masked_entries(size), sum(weight.numel() for weight in plain(size).parameters())
-    activations = max(0.0, peaks[FULL] - 16e-6 * parameters)
+    activations = max(0.0, peaks[FROZEN] - 1e-6 * (4 * parameters + 8 * entries))
     least = 1e-6 * (4 * parameters + 11 * entries) + activations
     said = f"4 bytes for each of {parameters / 1e6:.1f} M parameters, 11 a masked weight, {activations:.0f} MB of "
-    said += "activations as full fine-tuning has them"
+    said += "activations as with frozen embeddings"
     marks = {(VALUES, FULL): Mark(0.70) if length == MEMORY_LENGTH else None}
     for name, rival in ((VALUES, FULL), (VALUES, FROZEN), (MASKS, FULL), (LORA, FULL), (FROZEN, FULL)):
         yield Row(
