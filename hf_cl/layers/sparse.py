@@ -99,15 +99,26 @@ class SparseProduct(torch.autograd.Function):
         """Return (n, out), float32, laid out by columns as the product makes it."""
         context: Any = ctx
         context.matrix, context.dtype = matrix, x.dtype
-        return _times(matrix, x)
+        return times(matrix, x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the rows, in their dtype."""
         context: Any = ctx
-        return _times(context.matrix.t().to_sparse_csr(), grads[0]).to(context.dtype), None
+        return times(context.matrix.t().to_sparse_csr(), grads[0]).to(context.dtype), None
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.sparse.mm(matrix, x.float().t()).t()
+def sparse_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return what `SparseProduct` does, without autograd's call where nothing asks for a gradient."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        found: Tensor = SparseProduct.apply(x, matrix)
+        return found
+    return times(matrix, x)
+
+
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return `x S^T` in float32, whatever autocast is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return times(matrix, x)
+    return torch.sparse.mm(matrix, x.float().t()).t()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_cl.layers.linear import apply_weight
-from hf_cl.layers.sparse import SparseProduct
+from hf_cl.layers.sparse import sparse_product
 from hf_cl.tuner.names import BASE
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Rows:
         out = layer.common(x)
         for adapter, rows in self._of(x):
             if adapter != BASE:
-                part = SparseProduct.apply(x[rows].reshape(-1, x.shape[-1]), layer.part(adapter))
+                part = sparse_product(x[rows].reshape(-1, x.shape[-1]), layer.part(adapter))
                 out[rows].view(-1, out.shape[-1]).add_(part.to(out.dtype))
         return out
 
@@ -106,7 +106,7 @@ class Shares:
         out, flat = layer.common(x), x.reshape(-1, x.shape[-1])
         for place, adapter in enumerate(self.adapters):
             share = self.shares[:, place].view(-1, *[1] * (x.ndim - 1))
-            part = SparseProduct.apply(flat, layer.part(adapter)).reshape(out.shape)
+            part = sparse_product(flat, layer.part(adapter)).reshape(out.shape)
             out = out + (share * part).to(out.dtype)
         return out
 
