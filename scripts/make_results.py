@@ -227,7 +227,7 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
         means = [f"{statistics.mean(found['accuracy']):.4f}" for found in held]
         cells = [str(world), str(32 // world // parts), str(parts), "bfloat16" if bf16 else "float32"]
         equal = f"{sum(found['bank'] == again[0]['bank'] for found in again)} of {len(again)}"
-        steps = [f"{statistics.median(found['step_ms'][phase] for found in held):.0f}" for phase in ("mask", "weight")]
+        steps = [f"{held[0]['step_ms'][phase]:.0f}" for phase in ("mask", "weight")]  # the others ran beside other work
         sent = [f"{held[0]['sent'][phase]:,}" if held[0]["sent"] else "-" for phase in ("mask", "weight")]
         lines.append([*cells, ", ".join(dict.fromkeys(means)), equal if len(again) > 1 else "-", *steps, *sent])
     columns = ["processes", "batch of each", "accumulation", "precision", "average accuracy", "same bank again"]
