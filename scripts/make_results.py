@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_tables import speeds, starts, table
+from proof.ledger import Settings, judge
 
 from hf_cl.report.groups import UNIMPORTANT, Estimate, Group, Series, group
 from hf_cl.report.paired import difference, rival
@@ -241,6 +242,35 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"## Several processes, one bank\n\n{said}\n\n{table([*columns, *figures], lines)}\n"
 
 
+def proofs(found: Mapping[str, Any]) -> str:
+    """Return what `make prove` found: docs/benchmarks/prove.json is its ledger without digests, logits and paths."""
+    settings = Settings(**{**found["settings"], "methods": tuple(found["settings"]["methods"])})
+    judged = {name: judge(held, settings) for name, held in found["methods"].items()}
+    words = {True: "held", False: "NOT HELD", None: "measured"}
+    lines = [
+        [
+            first["promise"],
+            *(f"{words[promises[place]['held']]}{figures_of(promises[place])}" for promises in judged.values()),
+        ]
+        for place, first in enumerate(next(iter(judged.values())))
+    ]
+    said = (
+        f"`make prove`: {settings.tasks} tasks of real texts one after another on {settings.model}, each step a "
+        f"process of its own, {found['seconds'] / 60:.0f} minutes on two cores beside other work."
+    )
+    return f"## A hundred tasks, proved\n\n{said}\n\n{table(['promise', *judged], lines)}\n"
+
+
+def figures_of(promise: Mapping[str, Any]) -> str:
+    """Return the figures of a promise that are numbers."""
+    shown = ", ".join(
+        f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')} {value:.4g}"
+        for key, value in promise["figures"].items()
+        if isinstance(value, int | float)
+    )
+    return f": {shown}" if shown else ""
+
+
 def merges(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of merging on disk, from `hf-cl bench merge`: medians over the turns."""
     figures = {"seconds": "seconds", "cpu_seconds": "CPU seconds", "peak_mb_above_imports": "peak MB"}
@@ -361,6 +391,7 @@ def page() -> str:
         *(costs(records) if records else ()),
         *older("coding", coders),
         *older("bank", banks),
+        proofs(json.loads((DOCS / "benchmarks" / "prove.json").read_text("utf-8"))),
         ranks(lines_of("ranks.jsonl")),
         faults(lines_of("processes.jsonl")),
         *older("merge", merges),
